@@ -117,7 +117,7 @@ test-browser: $(VENV)/.installed-browser  ## the pages in a real Chromium (apt i
 
 # The library's alone, in environments of their own: the lowest of each as pyproject.toml promises, and the newest there are.
 LOWEST := torch==2.6.0 diffusers==0.36.0
-NEWEST := torch diffusers
+NEWEST := torch diffusers torchao gguf
 test-versions: $(VENV)/bin/python  ## the library's tests on the lowest torch and diffusers promised, and on the newest (a download)
 	for versions in "$(LOWEST)" "$(NEWEST)"; do \
 	  $(PYTHON) -m venv --clear outputs/versions && \

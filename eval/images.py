@@ -342,8 +342,12 @@ def load_picture(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
+def rows_hash(folder: str | Path | None, rows: Iterable[ManifestRow]) -> str:
     """Return a SHA-256 of all images and their rows, whatever their order.
+
+    Args:
+        folder: where the images are; None: they are not here, and the rows' `sha256` stands for each.
+        rows: their rows.
 
     Raises:
         FileNotFoundError: an image is missing.
@@ -351,14 +355,18 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
     """
     digest = hashlib.sha256()
     for row in canonical_order(rows):
-        path = Path(folder) / row.path
-        if not path.is_file():
-            raise FileNotFoundError(f"expected an image at {path}, got no file; generate the run again")
-        sha256 = cached_hash(path)
-        if row.sha256 not in (None, sha256):
-            raise ValueError(
-                f"expected the image that was generated, got another file at {path}: it was replaced or is damaged; "
-                "run experiments.generate again, which makes its group anew"
-            )
+        sha256 = row.sha256 if folder is None else _image_hash(Path(folder) / row.path, row)
         digest.update(f"{canonical_json(row.to_dict())}\n{sha256}\n".encode())
     return digest.hexdigest()
+
+
+def _image_hash(path: Path, row: ManifestRow) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected an image at {path}, got no file; generate the run again")
+    sha256 = cached_hash(path)
+    if row.sha256 not in (None, sha256):
+        raise ValueError(
+            f"expected the image that was generated, got another file at {path}: it was replaced or is damaged; "
+            "run experiments.generate again, which makes its group anew"
+        )
+    return sha256

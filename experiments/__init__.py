@@ -109,13 +109,16 @@ def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 
-def _peers(model: str) -> str:
+def _peers(model: str, scope: str = "published") -> str:
+    if scope not in ("published", "all"):
+        raise ValueError(f"expected ${{peers:MODEL}} or ${{peers:MODEL,all}}, got {scope!r} in the place of all")
     specs = {file.stem: OmegaConf.load(file) for file in sorted((PROJECT / "conf" / "method").glob("*.yaml"))}
     values, pending = f"metadata.hyperparameter.values.{model}", "metadata.hyperparameter.pending"
     swept = {name: spec for name, spec in specs.items() if OmegaConf.select(spec, values)}
-    return ",".join(name for name, spec in swept.items() if not OmegaConf.select(spec, pending))
+    return ",".join(name for name, spec in swept.items() if scope == "all" or not OmegaConf.select(spec, pending))
 
 
 # `${peers:mini-sdxl}` in conf/experiment/: the methods that have a hyperparameter for a model, as choices of a sweep.
-# Methods marked `pending` are left out, since the published tables do not have them yet.
+# Methods marked `pending` are left out, since the published tables of `make peers` do not have them yet;
+# `${peers:mini-sdxl,all}` has them too.
 OmegaConf.register_new_resolver("peers", _peers, replace=True)

@@ -83,7 +83,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     folder = project_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of runs, got {folder}, which does not exist; check the path")
-    versions, names_of_experiments = metric_versions(), functools.cache(experiments_of)
+    metrics, names_of_experiments = metric_classes(), functools.cache(experiments_of)
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
 
@@ -107,7 +107,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
                 raise ValueError("not scored: run experiments.evaluate with its settings")
             for file in files:
                 with refused(file):
-                    rows += [run | row for row in _read_score(file, images, versions)]
+                    rows += [run | row for row in _read_score(file, images, metrics)]
     names = {name for row in rows for name in row}
     head, tail = [*HEAD], [*RUN, *DOCUMENT, *GROUP, *({N_WITHHELD} & names)]
     settings = sorted(names - {*head, *tail})
@@ -129,14 +129,15 @@ def run_folders(folder: Path) -> Iterator[Path]:
         yield from (path / name for name in names if (path / name).is_symlink())
 
 
-def metric_versions() -> dict[str, set[int]]:
-    """Return the versions of the metrics that conf/metric/ names, which one name may have in several suites."""
-    versions: dict[str, set[int]] = {}
+@functools.cache
+def metric_classes() -> dict[str, set[type]]:
+    """Return the classes of the metrics that conf/metric/ names; a name may have another one in another suite."""
+    classes: dict[str, set[type]] = {}
     for file in sorted((PROJECT / "conf" / "metric").glob("*.yaml")):
         for name, spec in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).items():
             if isinstance(spec, dict) and "_target_" in spec:
-                versions.setdefault(name, set()).add(get_class(spec["_target_"]).version)
-    return versions
+                classes.setdefault(name, set()).add(get_class(spec["_target_"]))
+    return classes
 
 
 def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, Any], ImageSet]:
@@ -165,12 +166,13 @@ def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, An
     return columns, images
 
 
-def _read_score(file: Path, images: ImageSet, versions: dict[str, set[int]]) -> list[dict[str, Any]]:
+def _read_score(file: Path, images: ImageSet, metrics: dict[str, set[type]]) -> list[dict[str, Any]]:
     """Return what was measured, by column: a row a group, or one where groups have no number of their own."""
     document = read_document(file)
     name, version = document["metric"], document["version"]
-    if version not in versions.get(name, {version}):
-        expected = " or ".join(map(str, sorted(versions[name])))
+    versions = {metric.version for metric in metrics.get(name, ())}
+    if versions and version not in versions:
+        expected = " or ".join(map(str, sorted(versions)))
         raise ValueError(f"of another version: expected {expected}, got {version}; evaluate again")
     measured = images.only(document.get("only"))
     if measured.manifest_hash != document["manifest_sha256"]:

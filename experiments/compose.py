@@ -99,27 +99,49 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
 def _jobs(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     """List the overrides of each run: those of the sweep, then those of the experiment's further sweeps.
 
-    A further sweep replaces some choices of the sweep. It is left out if the command line sets one of these itself.
+    A further sweep replaces some choices of the sweep. Where the command line sets one of these too, only the values of
+    both count; without such a value, the further sweep is left out.
     """
     overrides = check_overrides(overrides)
     cfg = _compose_sweep(_naming(overrides))
-    params = dict(cfg.hydra.sweeper.get("params") or {})
-    overridden = {parsed(text).get_key_element() for text in overrides}
-    further = [sweep for sweep in cfg.further_sweeps or () if not overridden & set(sweep)]
-    return [job for sweep in ({}, *further) for job in _product({**params, **sweep}, overrides)]
+    swept, overridden = _axes(cfg.hydra.sweeper.get("params") or {}), _choices(overrides)
+    jobs = _product({**swept, **overridden})
+    for sweep in cfg.further_sweeps or ():
+        further = _axes(sweep)
+        common = {key: _common(overridden[key], further[key]) for key in further if key in overridden}
+        if all(common.values()):
+            jobs += _product({**swept, **further, **overridden, **common})
+    return list({tuple(sorted(job)): job for job in jobs}.values())  # two sweeps may have the same run
 
 
-def _product(params: Mapping[str, Any], overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the product of all choices, as Hydra's basic sweeper does; overrides replace choices of the same key."""
-    swept = [f"{key}={value}" for key, value in params.items()]
-    choices = []
-    for text in {parsed(text).get_key_element(): text for text in [*swept, *overrides]}.values():
+def _axes(params: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the overrides that a sweep's parameters stand for, by their keys."""
+    return _choices([f"{key}={value}" for key, value in params.items()])
+
+
+def _choices(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides of single values that each override stands for, by their keys; a later one replaces others.
+
+    `method.alpha=0.3,0.9` stands for `method.alpha=0.3` and `method.alpha=0.9`.
+    """
+    choices = {}
+    for text in overrides:
         override = parsed(text)
-        if override.is_sweep_override():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([text])
-    return [_baseline(job) if "method=none" in job else job for job in itertools.product(*choices)]
+        key = override.get_key_element()
+        is_sweep = override.is_sweep_override()
+        choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()] if is_sweep else [text]
+    return choices
+
+
+def _common(choices: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return those of `choices` whose values `others` have too."""
+    values = [parsed(text).value() for text in others]
+    return [text for text in choices if parsed(text).value() in values]
+
+
+def _product(choices: Mapping[str, list[str]]) -> list[tuple[str, ...]]:
+    """List the product of all choices, as Hydra's basic sweeper does."""
+    return [_baseline(job) if "method=none" in job else job for job in itertools.product(*choices.values())]
 
 
 def launcher(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -230,9 +252,10 @@ def _chosen_value(cfg: DictConfig, setting: str) -> Any:
     try:
         return values[cfg.model.name][cfg.method.name]
     except KeyError:
+        target = "few-steps-peers" if cfg.name == "few_steps_peers" else "peers"
         raise FileNotFoundError(
             f"expected a value of {setting} for {cfg.method.name} on {cfg.model.name} in {file}, got none: make it "
-            "with make peers, or give chosen=null for the method's own setting"
+            f"with make {target}, or give chosen=null for the method's own setting"
         ) from None
 
 

@@ -10,7 +10,8 @@ Resamples of the prompts' categories are the same for all methods.
 
 A sweep over `hyperparameter` writes a value for each method to `<results>/<experiment>/chosen.yaml`, which `chosen`
 names. It is the value with the largest gain within the allowed loss, which may lie between two settings. If no value
-keeps within the loss, it is the weakest.
+keeps within the loss, it is the weakest. With several measures of quality, the loss is the largest of theirs, each as a
+share of what it is without a method.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -62,8 +63,9 @@ class Paths:
         rows: rows of the table of a method's runs, in the same order: of the primary metric.
         gains, losses: of each method, [1 + R, S] of S settings: the estimate, then R resamples. Where a method's
             hyperparameter has a value that does nothing (`metadata.hyperparameter.nothing`), that is the first setting.
-        primary_metric, quality: the metrics.
-        worth: of quality without a method.
+        primary_metric: by which methods gain.
+        qualities: the metrics by which they lose.
+        worth: of quality without a method; 1 if there are several metrics, whose losses are shares.
         n_units: clusters that are resampled.
     """
 
@@ -72,7 +74,7 @@ class Paths:
     gains: dict[str, np.ndarray]
     losses: dict[str, np.ndarray]
     primary_metric: str
-    quality: str
+    qualities: list[str]
     worth: float
     n_units: int
 
@@ -99,7 +101,8 @@ def read_paths(specs: list[RunSpec]) -> Paths:
         raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")
     table, groups = read_table(cfg.name, project_path(cfg.results)), read_groups(cfg.results, cfg.name)
     roles = primary_metrics(cfg)
-    primary_metric, quality = (next(name for name in roles if (roles[name] == "quality") == last) for last in (0, 1))
+    primary_metric = next(name for name, role in roles.items() if role != "quality")
+    qualities = [name for name, role in roles.items() if role == "quality"]
     by_run = table[table["metric"] == primary_metric].drop_duplicates("run_id").set_index("run_id")
     rows = {method: [_row_of(by_run, spec) for spec in settings] for method, settings in by_method.items()}
     _row_of(by_run, baseline)
@@ -118,10 +121,26 @@ def read_paths(specs: list[RunSpec]) -> Paths:
         return found, base
 
     gains, base = means(primary_metric)
-    kept, of_quality = means(quality)
-    losses = {method: -values for method, values in kept.items()}
+    losses, worth = _largest_losses([means(name) for name in qualities])
     n_units = len(set(clusters_of(base, cfg.bootstrap.cluster)))
-    return Paths(by_method, rows, gains, losses, primary_metric, quality, abs(mean_of(of_quality)), n_units)
+    return Paths(by_method, rows, gains, losses, primary_metric, qualities, worth, n_units)
+
+
+def _largest_losses(
+    measures: list[tuple[dict[str, np.ndarray], list[GroupValue]]],
+) -> tuple[dict[str, np.ndarray], float]:
+    """Return `losses` and `worth` of `Paths`.
+
+    Args:
+        measures: of each measure of quality, the mean differences of each method and the values of the baseline.
+    """
+    worths = [abs(mean_of(base)) for _, base in measures]
+    units = worths if len(measures) > 1 else [1.0]
+    losses = {}
+    for method in measures[0][0]:
+        of_method = [-kept[method] / unit for (kept, _), unit in zip(measures, units, strict=True)]
+        losses[method] = np.max(of_method, axis=0)
+    return losses, worths[0] / units[0]
 
 
 def _row_of(table: pd.DataFrame, spec: RunSpec) -> pd.Series:
@@ -144,8 +163,8 @@ def rows_of_model(paths: Paths) -> list[dict[str, Any]]:
     """Return one row for every method, and one of all that merge tokens."""
     cfg = next(iter(paths.specs.values()))[0].cfg
     common = {
-        "experiment": cfg.name, "model": cfg.model.name, "claim": paths.primary_metric, "quality": paths.quality,
-        "loss": LOSS * paths.worth, "n_units": paths.n_units,
+        "experiment": cfg.name, "model": cfg.model.name, "claim": paths.primary_metric,
+        "quality": " ".join(paths.qualities), "loss": LOSS * paths.worth, "n_units": paths.n_units,
     }  # fmt: skip
     rows, reached = _compared(paths)
     for method, runs in paths.rows.items():
@@ -238,10 +257,16 @@ def render(frame: pd.DataFrame) -> str:
     parts = []
     for model, rows in frame.groupby("model", sort=False):
         first, swept = rows.iloc[0], bool(rows["rank"].notna().any())
-        claim, quality = humanize(first["claim"]), humanize(first["quality"])
+        claim, qualities = humanize(first["claim"]), [humanize(name) for name in first["quality"].split()]
+        quality, share = " and ".join(qualities), f"{LOSS:.1%} of what it is without"
+        lost_format, heading = "{:+.2f}".format, f"loss of {quality} [95 % interval]"
+        limit = f"{quality} falls by at most {first['loss']:.2f}, {share}"
+        if len(qualities) > 1:
+            lost_format, heading = "{:+.1%}".format, f"largest loss of {quality} [95 % interval]"
+            limit = f"each of {quality} falls by at most {share}"
         head = f"**{model}**, {first['n_units']} categories."
         if swept:
-            head += f" Gain where {quality} falls by at most {first['loss']:.2f}, {LOSS:.1%} of what it is without."
+            head += f" Gain where {limit}."
         table = [
             {
                 "rank": with_interval("{:.0f}".format, row["rank"], row["rank_low"], row["rank_high"]),
@@ -249,9 +274,7 @@ def render(frame: pd.DataFrame) -> str:
                 f"gain in {claim} [95 % interval]": with_interval(
                     "{:+.3f}".format, row["gain"], row["gain_low"], row["gain_high"]
                 ) or ("none within" if swept and row["method"] != WITH_NEGTOME else ""),
-                f"loss of {quality} [95 % interval]": with_interval(
-                    "{:+.2f}".format, row["lost"], row["lost_low"], row["lost_high"]
-                ),
+                heading: with_interval(lost_format, row["lost"], row["lost_low"], row["lost_high"]),
                 "first": printed_percent(row["first_share"]),
                 "within": printed_percent(row["within_share"]),
                 "on the front": printed_percent(row["front_share"]),

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import argparse
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -79,12 +80,14 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
 
     Args:
         plan: each of its runs is paired with its baseline.
-        against: name of the method whose run takes the baseline's place; only primary metrics are then read.
+        against: name of the method whose run takes the baseline's place. Only primary metrics are then read, and only
+            of runs whose baseline has a run of that method, with the same number of steps for example.
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
         ValueError: the primary metrics are not two of the configured ones that can be tested; there is no run of
-            `against` to pair one with, or several; or a run and the one it is paired with are of two machines.
+            `against` on a model, or several with one baseline; or a run and the one it is paired with are of two
+            machines.
     """
     for spec in plan.runs:
         check_table(spec.cfg)  # before anything is read
@@ -95,7 +98,7 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
     for run, spec in runs.items():
         baseline = others.get(spec.baseline) if against else Run.of(spec.baseline)
         if baseline is None:
-            raise ValueError(f"there is no run of {against} like the one of {spec.label}")
+            continue
         run.check_alike(baseline)
         roles, statistics = primary_metrics(spec.cfg), run.statistics()
         for name, metric in configured_metrics(spec):
@@ -116,40 +119,31 @@ def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[Run
     if not others:
         names = ", ".join(dict.fromkeys(spec.cfg.method.name for spec in plan.runs))
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
+    models = dict.fromkeys(spec.cfg.model.name for spec in plan.runs)
+    paired_models = {spec.cfg.model.name for spec in others}
+    if unpaired := [model for model in models if model not in paired_models]:
+        raise ValueError(
+            f"expected a run of {against} on every model, got none on {', '.join(unpaired)}: give "
+            f"model={','.join(model for model in models if model in paired_models)}"
+        )
     return others
 
 
 def row_of(score: Score) -> dict[str, Any]:
     """Return the row of a score in the table."""
     cfg, run, document = score.spec.cfg, score.run, score.document
-    value, low, high = interval_of(document, **cfg.bootstrap)
     settings = run.identity["request"]["method"]["settings"]
-    call = {
-        "guidance_scale": cfg.model.call.guidance_scale,
-        "true_cfg_scale": cfg.model.call.get("true_cfg_scale"),
-        "steps": cfg.model.call.num_inference_steps,
-    }
-    # A method's own setting replaces the model's; a method that leaves it to the model has None.
-    call |= {name: settings[name] for name in call if settings.get(name) is not None}
     compared = sum(group.get("tokens_compared", 0) for group in score.statistics)
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
         "method": cfg.method.name,
-        **catalogue.cells(settings),
-        **call,
+        **setting_columns(cfg.model.call, settings),
         "metric": score.metric,
         "encoder": document["encoder"]["id"],
         "primary": score.role,
         "higher_is_better": document["higher_is_better"],
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        **({} if score.reference is None else comparison(cfg, score.metric, score.role, document, score.reference)),
-        "n_units": n_units(document, cfg.bootstrap.cluster),
-        "n_groups": document["n_groups"],
-        "n_images": document["n_images"],
-        "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
+        **statistics_of(cfg, score.metric, score.role, document, score.reference),
         "pushed_share": sum(group.get("tokens_pushed", 0) for group in score.statistics) / compared
         if compared
         else None,
@@ -163,6 +157,44 @@ def row_of(score: Score) -> dict[str, Any]:
         "code": code_digest(score.spec.settings, run.identity["weights"], document["version"]),
         "commit": run.environment["commit"],
         "device": run.identity["machine"]["device"],
+    }
+
+
+def setting_columns(call: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a run's settings.
+
+    Args:
+        call: arguments of the model's call.
+        settings: of the method. One of the call's arguments replaces the model's; None leaves it to the model.
+    """
+    columns = {
+        "guidance_scale": call.get("guidance_scale"),
+        "true_cfg_scale": call.get("true_cfg_scale"),
+        "steps": call.get("num_inference_steps"),
+    }
+    columns |= {name: settings[name] for name in columns if settings.get(name) is not None}
+    return {**catalogue.cells(settings), **columns}
+
+
+def statistics_of(
+    cfg: DictConfig, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the columns that follow from a metric's document, and from that of the run it is paired with.
+
+    Args:
+        cfg: has `bootstrap`, `primary.quality_margin`, `model.name` and `method.name`.
+        name, role, document, reference: see `Score`.
+    """
+    value, low, high = interval_of(document, **cfg.bootstrap)
+    return {
+        "value": value,
+        "ci_low": low,
+        "ci_high": high,
+        **({} if reference is None else comparison(cfg, name, role, document, reference)),
+        "n_units": n_units(document, cfg.bootstrap.cluster),
+        "n_groups": document["n_groups"],
+        "n_images": document["n_images"],
+        "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
     }
 
 

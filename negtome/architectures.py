@@ -5,7 +5,7 @@ pipeline in the tests. Everything is matched by name, so this module does not im
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -48,7 +48,7 @@ class Architecture:
             for a value that is not a denoiser argument.
         guidance: "batch": one batch [unconditional, conditional], then whatever else is conditioned on the prompt
             (perturbed attention). "batch, reversed": [conditional, unconditional]. "calls": two calls of the denoiser,
-            the conditional one first; or no guidance.
+            the conditional one first; or no guidance. "guider": a call for each of the conditions of a modular guider.
         grid: denoiser arguments -> (height, width) of the generated image in tokens, on the largest feature map; for
             videos (frames, height, width).
         denoiser: attribute of the pipeline that holds the denoiser.
@@ -70,6 +70,8 @@ class Architecture:
         frames: whether the autoencoder expects videos: [R, 3, 1, H, W] -> [R, c, 1, h, w].
         video: whether the output is a video. Its frames are pushed as one image. Experimental; takes no references.
         list_inputs: whether latents, text and output are lists with a tensor for each row.
+        modular: name of each ModularPipeline of diffusers -> name of the stock pipeline that encodes references as it
+            does, with the same components.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Architecture:
     blocks: tuple[str, ...]
     hook_points: tuple[HookPoint, ...]
     prompts: tuple[str | None, ...]
-    guidance: Literal["batch", "batch, reversed", "calls"]
+    guidance: Literal["batch", "batch, reversed", "calls", "guider"]
     grid: Callable[[Mapping[str, Any]], tuple[int, ...]]
     denoiser: str = "transformer"
     sample: str = "hidden_states"
@@ -94,6 +96,7 @@ class Architecture:
     frames: bool = False
     video: bool = False
     list_inputs: bool = False
+    modular: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def per_prompt(self) -> str:
@@ -183,6 +186,7 @@ ARCHITECTURES = (
             "StableDiffusionXLControlNetInpaintPipeline", "StableDiffusionXLControlNetUnionPipeline",
             "StableDiffusionXLPAGPipeline", "StableDiffusionXLAdapterPipeline",
         ),
+        modular={"StableDiffusionXLModularPipeline": "StableDiffusionXLPipeline"},
         prompts=("encoder_hidden_states", None, "added_cond_kwargs.text_embeds", None),
         **_UNET,
     ),
@@ -202,6 +206,7 @@ ARCHITECTURES = (
             "FluxControlNetPipeline", "FluxKontextPipeline",
         ),
         denoiser_class="FluxTransformer2DModel", prompts=("encoder_hidden_states", "pooled_projections", None),
+        modular={"FluxModularPipeline": "FluxPipeline", "FluxKontextModularPipeline": "FluxKontextPipeline"},
         **_FLUX,
     ),
     Architecture(
@@ -215,6 +220,7 @@ ARCHITECTURES = (
         ),
         prompts=("encoder_hidden_states", None, "pooled_projections", None), guidance="batch",
         grid=_grid_from_shape("hidden_states", 2), patch=2,
+        modular={"StableDiffusion3ModularPipeline": "StableDiffusion3Pipeline"},
     ),
     Architecture(
         name="Chroma",
@@ -274,6 +280,10 @@ ARCHITECTURES = (
         guidance="calls",  # klein's; dev has its own embedded
         timestep_scale=_from_unit_interval, grid=_grid_from_ids("img_ids"), patch=2, scale=_patchify_and_normalize,
         pack=lambda pipe, latents: pipe._pack_latents(latents),
+        modular={
+            "Flux2ModularPipeline": "Flux2Pipeline", "Flux2KleinModularPipeline": "Flux2KleinPipeline",
+            "Flux2KleinBaseModularPipeline": "Flux2KleinPipeline",
+        },
     ),
     Architecture(
         name="Qwen",
@@ -285,6 +295,10 @@ ARCHITECTURES = (
         prompts=("encoder_hidden_states", "encoder_hidden_states_mask"), guidance="calls",
         timestep_scale=_from_unit_interval, shared=("img_shapes",),
         grid=lambda arguments: tuple(arguments["img_shapes"][0][0][1:]), patch=2, pack=_pack, frames=True,
+        modular={
+            "QwenImageModularPipeline": "QwenImagePipeline", "QwenImageEditModularPipeline": "QwenImageEditPipeline",
+            "QwenImageEditPlusModularPipeline": "QwenImageEditPlusPipeline",
+        },
         shuffles_text_mask=("encoder_hidden_states_mask",),
     ),
     Architecture(
@@ -300,6 +314,7 @@ ARCHITECTURES = (
         timestep_scale=_from_remaining,
         grid=lambda arguments: tuple(side // 2 for side in arguments["x"][0].shape[-2:]), patch=2,
         pack=lambda pipe, latents: latents.unsqueeze(2), list_inputs=True,
+        modular={"ZImageModularPipeline": "ZImagePipeline"},
     ),
     Architecture(
         name="Lumina2",
@@ -337,6 +352,7 @@ ARCHITECTURES = (
         prompts=("encoder_hidden_states", "encoder_attention_mask"), guidance="calls",
         timestep_scale=_from_unit_interval, shared=("position_ids",), grid=_grid_from_ids("position_ids"), patch=2,
         pack=_pack, frames=True,
+        modular={"Krea2ModularPipeline": "Krea2Pipeline", "Krea2TurboModularPipeline": "Krea2Pipeline"},
     ),
     Architecture(
         name="Wan",
@@ -344,6 +360,7 @@ ARCHITECTURES = (
         denoiser_class="WanTransformer3DModel", blocks=("blocks",),
         hook_points=(HookPoint("blocks.*.attn1.to_out.0", "input"),), prompts=("encoder_hidden_states", None),
         guidance="calls", grid=_grid_from_shape("hidden_states", 2), patch=2, video=True,
+        modular={"WanModularPipeline": "WanPipeline"},
     ),
     Architecture(
         name="LTX",
@@ -353,5 +370,6 @@ ARCHITECTURES = (
         prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
         shuffles_text_mask=("encoder_attention_mask",), guidance="batch",
         grid=lambda arguments: tuple(arguments[name] for name in ("num_frames", "height", "width")), video=True,
+        modular={"LTXModularPipeline": "LTXPipeline"},
     ),
 )  # fmt: skip

@@ -1,31 +1,23 @@
-"""Attach NegToMe to a stock diffusers pipeline for the length of a `with` block."""
+"""Attach NegToMe to a diffusers pipeline, stock or modular, for the length of a `with` block."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import math
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from negtome import call_inspection, sites, stats
+from negtome import sites, stats
 from negtome.architectures import Architecture
-from negtome.call_inspection import DenoiserCall, PipelineCall, Snapshot
+from negtome.call_inspection import PipelineCall, read_arguments
 from negtome.config import NegToMeConfig
-from negtome.hooks import ATTRIBUTE, Call, Layout, Push, Site, StepContext, not_compiled, patch_call, path, unpatch_call
+from negtome.denoiser_hook import DenoiserHook
+from negtome.hooks import ATTRIBUTE, Call, Push, not_compiled, patch_call, patch_denoiser, unpatch_call
 from negtome.reference import Reference
-from negtome.reference_batch import ReferenceBatch, shrink
 from negtome.sites import find_architecture, unwrap
-from negtome.stats import PipelineRun, SiteCount, Step, StepReport, StepReporter
+from negtome.stats import PipelineRun, SiteCount, Step, StepReport, StepReporter, Totals
 from negtome.validation import check_int, to_python_scalar
-
-#: Images in a group above which reference="others" warns: its cost grows with their square.
-MANY_OTHERS = 8
 
 
 def attach(
@@ -51,8 +43,8 @@ def attach(
     refining second pass, runs unchanged and warns. A copy or pickle of the pipeline is not attached.
 
     Args:
-        pipe: a stock pipeline of `negtome.architectures`, such as `StableDiffusionXLPipeline` or `FluxPipeline`. It may
-            be compiled or offloaded.
+        pipe: a pipeline of `negtome.architectures`, such as `StableDiffusionXLPipeline`, `FluxPipeline` or
+            `StableDiffusionXLModularPipeline`. It may be compiled or offloaded.
         config: the method's settings. None: those published for the pipeline's architecture, or the defaults.
         group_size: how many consecutive images of a call form a group, at least 2. Groups never influence each other.
             None: the images of a prompt if a call has several prompts and num_images_per_prompt > 1 (for videos,
@@ -143,29 +135,23 @@ class Attachment:
 
         self.config = config
         self.group_size = group_size
-        self.steps: list[Step] = []
         self._on_step = on_step
         self._pipe = pipe
         self._architecture = architecture
         self._pipeline_class = type(pipe).__name__
         denoiser = getattr(pipe, architecture.denoiser)
-        self._denoiser = unwrap(denoiser)
-        sites.check_denoiser(self._denoiser, adds_rows=references is not None)
-        self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # without self
-        self._references = None if references is None else ReferenceBatch(architecture, references, config.matching)
-        if self._references is not None:
-            self._references.check(pipe)
-        modules = sites.find_sites(self._denoiser, architecture, config.sites, config.cross_attention)
-        self.sites = tuple(name for name, _, _ in modules)
-        self._sites = [Site(name, hook_point, config, push) for name, _, hook_point in modules]
-        self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
+        hook = DenoiserHook(unwrap(denoiser), architecture, config, group_size, push, references)
+        self._hook: DenoiserHook | None = hook
+        if hook.references is not None:
+            hook.references.check(pipe)
+        self.sites = hook.sites
+        self._totals = Totals(hook.sites)
+        self.steps: list[Step] = self._totals.steps
         self._run: PipelineRun | None = None
         # One call of the denoiser at a time: the sites cannot tell whose call reaches them.
         self._lock = threading.RLock()
         self._warned = False  # of calls that run unchanged
         self._started_runs = 0
-        self._compared: Counter[str] = Counter()  # tokens by site, in the finished calls
-        self._pushed: Counter[str] = Counter()
         self._entered = False
 
         # torch.compile(denoiser) returns an object that has bound the `__call__` of the module inside it already, so
@@ -173,24 +159,18 @@ class Attachment:
         self._owners: tuple[Any, ...] = (denoiser, pipe)
         with contextlib.ExitStack() as stack:
             stack.callback(self.remove)
-            self._relink()
-            patch_call(denoiser, self, _patch_denoiser)
+            hook.enter()
+            patch_call(denoiser, self, patch_denoiser)
             patch_call(pipe, self, _patch_pipeline)
             stack.pop_all()
 
     def counts(self) -> dict[str, SiteCount]:
         """Return the tokens compared and pushed at every site, in the finished calls of the pipeline."""
-        return {name: SiteCount(self._compared[name], self._pushed[name]) for name in self.sites}
+        return self._totals.counts()
 
     def summary(self) -> dict[str, Any]:
         """Return what happened in the finished calls of the pipeline, all sites together, as JSON values."""
-        return {
-            "sites": len(self.sites),
-            "timesteps": [step.timestep for step in self.steps],
-            "active_timesteps": [step.timestep for step in self.steps if step.active],
-            "tokens_compared": self._compared.total(),
-            "tokens_pushed": self._pushed.total(),
-        }
+        return self._totals.summary()
 
     def remove(self) -> None:
         """Give the pipeline back exactly as it was. Does nothing the second time.
@@ -202,13 +182,13 @@ class Attachment:
             raise RuntimeError(
                 f"NegToMe cannot be detached from its {self._pipeline_class} during a call of it; wait for its end."
             )
-        for site in self._sites:
-            site.leave()
+        if self._hook is not None:
+            self._hook.leave()
         for owner in self._owners:
             unpatch_call(owner)
         # The counts may be kept for long, the weights should not.
-        self._pipe = self._denoiser = self._references = self._on_step = None
-        self._owners, self._links, self._sites = (), [], []
+        self._pipe = self._hook = self._on_step = None
+        self._owners = ()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._pipe is not None:
@@ -246,22 +226,19 @@ class Attachment:
         try:
             self._run = run
             self._started_runs += 1
-            if self._references is not None:
-                self._references.start(self._pipe, call.arguments)
+            if self._hook is not None and self._hook.references is not None:
+                self._hook.references.start(self._pipe, call.arguments)
             yield
-            self._report(run)
+            run.report()
         finally:
             self._run = None
-        self.steps += run.steps
         interrupted = bool(getattr(self._pipe, "interrupt", False))
         if not run.steps and not interrupted:
             raise RuntimeError(
                 f"NegToMe saw no call of the {self._architecture.denoiser_class} it is attached to; if "
                 f"`pipe.{self._architecture.denoiser}` was replaced inside the block, do that before attaching."
             )
-        compared, pushed, highest = run.read()
-        self._compared.update(compared)
-        self._pushed.update(pushed)
+        compared, pushed, highest = self._totals.add(run)
         timesteps = [step.timestep for step in run.steps]
         active = [step.active for step in run.steps]
         if interrupted and not any(active):
@@ -272,44 +249,22 @@ class Attachment:
             )
             return
         stats.check_active_steps(self.config, timesteps, active, run.reader.order)  # the schedule may be unknown
-        stats.check_pushed(self.config, self.sites, compared.total(), pushed.total(), highest)
-
-    def _report(self, run: PipelineRun) -> None:
-        """Report the step that has ended; the user's function may call another pipeline."""
-        if run.reporter is not None:
-            with self._suspended():
-                run.reporter.end()
-
-    def _clear_sites(self) -> None:
-        """Make the sites inactive after a call of the denoiser."""
-        for site in self._sites:
-            site.context = site.similarity = None
+        stats.check_pushed(self.config, self.sites, compared, pushed, highest)
 
     @contextlib.contextmanager
     def _suspended(self) -> Iterator[None]:
         """Let calls of the denoiser in the block run unchanged: a user's callback may call another pipeline."""
-        run = self._run
-        if run is not None:
-            run.suspended = True
-        try:
+        with contextlib.nullcontext() if self._run is None else self._run.suspend():
             yield
-        finally:
-            if run is not None:
-                run.suspended = False
 
-    # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
-    # frame, so that even fullgraph=True starts with the denoiser's own code.
+    # torch.compile(denoiser) inside the block compiles from here on; see `DenoiserHook.call`.
     @not_compiled(recursive=False)
-    def _call_denoiser(self, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_denoiser(self, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser as the pipeline's next step, or unchanged if another pipeline calls it."""
         with self._lock:
-            run = self._run
-            if run is not None and run.thread == threading.get_ident() and not run.suspended:
-                context, arguments = self._begin(run, args, kwargs)
-                try:
-                    return self._end(run, context, original(owner, **arguments))
-                finally:
-                    self._clear_sites()  # another pipeline may call the modules next, past the compiled denoiser
+            run, hook = self._run, self._hook
+            if run is not None and hook is not None and not run.suspended and run.thread == threading.get_ident():
+                return hook.call(run, self._pipe, original, owner, args, kwargs)
             self._warn_of_other_caller()
             return original(owner, *args, **kwargs)
 
@@ -325,112 +280,6 @@ class Attachment:
                 stacklevel=3,
             )
 
-    @not_compiled()
-    def _begin(
-        self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[StepContext | None, dict[str, Any]]:
-        """Prepare the sites for one call of the denoiser.
-
-        Returns:
-            The context of the sites, None in a step that does not take part; and the call's arguments by name, with
-            the reference rows added in one that does.
-        """
-        if any(children.get(key) is not child for children, key, child in self._links):
-            self._relink()
-        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        call = run.reader.read(self._pipe, arguments, run.call.images)
-        group_size = self._images_in_group(run, call) if self._references is None else 0
-        self._check_text(run, call, group_size)
-        if not run.steps:
-            sites.check_denoiser(self._denoiser, adds_rows=self._references is not None)
-            schedule, order = run.reader.schedule, run.reader.order
-            if schedule:
-                stats.check_active_steps(self.config, schedule, self.config.active_steps(schedule, order), order)
-        if call.grid != run.grid:
-            run.grid, run.fewest_tokens = call.grid, self._fewest_tokens(call)
-        active = self.config.is_active(call.timestep, call.index, call.steps)
-        run.rows, run.images = call.rows, call.images
-        if not call.again:
-            self._report(run)
-            run.steps.append(Step(call.timestep, active))
-            if run.reporter is not None:
-                run.reporter.begin(len(run.steps) - 1, run.steps[-1])
-        if not active:
-            return None, arguments
-        layout: Layout | None = None
-        if self._references is not None:
-            arguments, layout = self._references.extend(self._pipe, call, arguments, run.fewest_tokens)
-        context = StepContext(group_size, math.prod(call.grid), call.stream, run.fewest_tokens, layout)
-        for site in self._sites:
-            site.context = context
-        return context, arguments
-
-    @not_compiled()
-    def _end(self, run: PipelineRun, context: StepContext | None, output: Any) -> Any:
-        """Count, and remove the reference rows from the denoiser's output."""
-        if context is not None:
-            if run.reporter is not None:
-                run.reporter.add(self._sites, context, run.images)
-            run.count(self._sites, self.config.strength()["threshold"])
-            if context.layout is not None:
-                output = shrink(output, context.layout, self._architecture.list_inputs)
-        if len(output[0]) != run.rows:
-            raise RuntimeError(
-                f"NegToMe expected the {self._architecture.denoiser_class} to return the {run.rows} rows that the "
-                f"pipeline asked for, got {len(output[0])}; switch off what keeps features between its calls (caches)."
-            )
-        return output
-
-    def _check_text(self, run: PipelineRun, call: DenoiserCall, group_size: int) -> None:
-        """Refuse a group of images with different texts; embeddings are checked once."""
-        prompts = call.prompts.values()
-        if any(snapshot.holds(prompts) for snapshot in run.prompts):
-            return
-        for mask in filter(call.prompts.__contains__, run.masks):
-            call_inspection.check_one_length(call, call.prompts[mask], self._architecture)
-        if self.group_size is None and self._references is None:
-            call_inspection.check_one_prompt(run.call, call, group_size, self._architecture)
-        run.prompts.append(Snapshot(prompts))
-
-    def _images_in_group(self, run: PipelineRun, call: DenoiserCall) -> int:
-        """Return the size of the groups in this call of the denoiser."""
-        size = call_inspection.images_in_group(run.call, call, self.group_size, self._architecture.per_prompt)
-        if not run.steps and self.config.reference == "others" and size > MANY_OTHERS:
-            warnings.warn(
-                f'reference="others" compares every image of a group with all others: for {size} images that takes '
-                f'{size} times as long as reference="first"; use smaller groups, or "first".',
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return size
-
-    def _fewest_tokens(self, call: DenoiserCall) -> int:
-        """Return the tokens of the smallest feature map that takes part, 0 if the denoiser has only one."""
-        if not self._architecture.levels:
-            return 0
-        height, width = call.grid
-        largest = sites.largest_map(self._denoiser, self.sites, (height, width))
-        stats.check_min_side(self.config, largest)
-        return sites.fewest_tokens((height, width), self.config.side_within(largest))
-
-    def _relink(self) -> None:
-        """Move the sites to the modules that have their names now."""
-        links: dict[tuple[int, str], tuple[dict[str, Any], str, torch.nn.Module]] = {}
-        for site in self._sites:
-            try:
-                links_to_site = path(self._denoiser, site.name)
-            except KeyError:
-                raise RuntimeError(
-                    f"NegToMe's site {site.name} is gone from the {self._architecture.denoiser_class}; call "
-                    "negtome.detach(pipe) before taking modules away, and attach again afterwards."
-                ) from None
-            parent, module = [self._denoiser, *(child for _, _, child in links_to_site)][-2:]
-            if module is not site.module:
-                site.leave()
-                site.enter(module, parent)
-            links |= {(id(children), key): (children, key, child) for children, key, child in links_to_site}
-        self._links = list(links.values())
-
 
 def _patchable(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
     """Return the objects that may carry an attachment: the pipeline and its denoiser, compiled or not."""
@@ -443,23 +292,13 @@ def _attachment_of(owner: Any) -> Attachment | None:
     return attachment
 
 
-def _patch_denoiser(original: Call) -> Call:
-    @not_compiled(recursive=False)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attachment = _attachment_of(self)  # None if such compiled code outlives the block
-        if attachment is None:
-            return original(self, *args, **kwargs)
-        return attachment._call_denoiser(original, self, args, kwargs)
-
-    return __call__
-
-
 def _patch_pipeline(original: Call) -> Call:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment_of(self)
         if attachment is None:
             return original(self, *args, **kwargs)
-        call = PipelineCall(attachment._architecture, self, args, kwargs)
+        architecture = attachment._architecture
+        call = PipelineCall(architecture, read_arguments(architecture, self, args, kwargs))
         wrapped = {id(callback): _Callback(callback, attachment) for callback in call.callbacks()}
         args = tuple(wrapped.get(id(value), value) for value in args)
         kwargs = {name: wrapped.get(id(value), value) for name, value in kwargs.items()}

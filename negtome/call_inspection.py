@@ -1,6 +1,7 @@
 """Read the calls of a pipeline and of its denoiser: how many images, which step, which prompts and tokens."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class DenoiserCall:
         time: [1] the same, as the scheduler holds it.
         again: whether the previous call was of the same timestep of the schedule.
         index: number of the denoising step, from 0 for the first one that the pipeline runs. A step of a second-order
-            scheduler has two timesteps.
+            scheduler has two timesteps, and a timestep that PNDM repeats is one step.
         steps: number of denoising steps of the pipeline's call, None if unknown.
         rows: rows of the batch, all chunks included.
         cfg_chunks: parts of the batch that hold the same images, one after the other: 2 for unconditional and
@@ -94,8 +95,9 @@ class CallReader:
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
         self._padded: list[tuple[Snapshot, torch.Tensor]] = []
         self._timesteps_run = 0
-        self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known
+        self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known; a repeated one stands once
         self.order = 1  # timesteps in a step of the scheduler
+        self._merges_repeated = False
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
         """Read a call of the denoiser.
@@ -114,7 +116,7 @@ class CallReader:
         rows, shape = len(sample), sample[0].shape
         guided = int(getattr(pipe, "do_classifier_free_guidance", True))
         perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
-        if architecture.guidance == "calls":
+        if architecture.guidance in ("calls", "guider"):
             images = rows
         elif not images or rows % images or rows // images > 1 + guided + perturbed:
             raise ValueError(
@@ -123,17 +125,21 @@ class CallReader:
                 f"{type(pipe).__name__}); give a prompt, or a row of embeddings, for each image."
             )
         chunks = rows // images
-        index, timestep, time = self._locate(pipe, arguments[architecture.time])
-        step = (index, timestep)
-        again, self._step = step == self._step, step
-        if not again:
+        position, timestep, time = self._locate(pipe, arguments[architecture.time])
+        previous, self._step = self._step, (position, timestep)
+        again = self._step == previous
+        repeated = self._merges_repeated and previous is not None and timestep == previous[1]
+        if not again and not repeated:
             self._timesteps_run += 1
-        self.order = getattr(pipe.scheduler, "order", 1)
+        index, steps = self._count_steps()
         if shape not in self._grids:
             self._grids[shape] = architecture.grid(arguments)
         grid = self._grids[shape]
         if architecture.guidance == "batch":
             conditional = range(max(chunks - 1 - perturbed, 0), chunks)
+        elif architecture.guidance == "guider":
+            guider = getattr(pipe, "guider", None)
+            conditional = range(1 if guider is None or guider.is_conditional else 0)
         else:
             conditional = range(0 if again and architecture.guidance == "calls" else 1)
         prompts = {name: value_at(arguments, name) for name in filter(None, architecture.prompts)}
@@ -143,8 +149,8 @@ class CallReader:
             timestep=timestep,
             time=time,
             again=again,
-            index=(self._timesteps_run - 1) // self.order,
-            steps=math.ceil(len(self.schedule) / self.order) or None,
+            index=index,
+            steps=steps,
             rows=rows,
             cfg_chunks=chunks,
             conditional=tuple(conditional),
@@ -162,18 +168,25 @@ class CallReader:
         self._padded.append((Snapshot(texts), padded))
         return padded
 
+    def _count_steps(self) -> tuple[int, int | None]:
+        """Return the index of the denoising step that a call belongs to, and how many there are, None if unknown."""
+        return (self._timesteps_run - 1) // self.order, math.ceil(len(self.schedule) / self.order) or None
+
     def _locate(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
         """Return the index of a call among the scheduler's timesteps, the timestep, and the same as a tensor [1]."""
         scheduler, to_timestep = pipe.scheduler, self._architecture.timestep_scale
+        self.order = getattr(scheduler, "order", 1)
+        # PNDM repeats a timestep to evaluate a step again. A scheduler with sigmas may round two steps to one timestep.
+        self._merges_repeated = self.order == 1 and not hasattr(scheduler, "sigmas")
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, torch.Tensor):
             value = to_timestep(_first(time))
-            _check_unit(scheduler, value)
+            _check_unit(type(scheduler).__name__, value)
             return None, value, torch.tensor([value])
         if not self._timesteps.holds([timesteps]):
             self._timesteps, self._values = Snapshot([timesteps]), timesteps.tolist()
             self.schedule = []
-            _check_unit(scheduler, *self._values)
+            _check_unit(type(scheduler).__name__, *self._values)
         index = _index_in(timesteps, time.flatten()[:1]) if isinstance(time, torch.Tensor) else None
         if index is None:  # step_index is set after the first step, and begin_index often before the loop
             index = getattr(scheduler, "step_index", None)
@@ -183,23 +196,60 @@ class CallReader:
             value = to_timestep(_first(time))
             index = min(range(len(self._values)), key=lambda number: abs(self._values[number] - value))
             if abs(self._values[index] - value) > 4:  # bfloat16 rounds by less, so it is none of them
-                _check_unit(scheduler, value)
+                _check_unit(type(scheduler).__name__, value)
                 return None, value, timesteps.new_tensor([value])
         if not self.schedule:  # an input image makes the loop begin later than the schedule, and it may end earlier
-            self.schedule = self._values[index:][: getattr(pipe, "num_timesteps", None)]
+            values = self._values[index:][: self._count_timesteps(pipe)]
+            self.schedule = [value for value, _ in itertools.groupby(values)] if self._merges_repeated else values
         return index, float(self._values[index]), timesteps[index : index + 1]
+
+    def _count_timesteps(self, pipe: Any) -> int | None:
+        """Return how many timesteps the pipeline's loop has, None if it does not say so."""
+        guider = getattr(pipe, "guider", None)
+        if self._architecture.guidance == "guider" and guider is not None and self.order == 1:
+            count: int | None = guider.get_state()["num_inference_steps"]
+            return count
+        return getattr(pipe, "num_timesteps", None)
+
+
+class StepReader(CallReader):
+    """Reads the calls of the denoiser for a guider, which sees no scheduler but learns each step from the pipeline.
+
+    It cannot know that a scheduler is of second order, so every timestep counts as a step.
+    """
+
+    def set_step(self, index: int, steps: int | None, timestep: torch.Tensor) -> None:
+        """Set the step of the calls that follow.
+
+        Args:
+            index: number of the step, from 0.
+            steps: number of steps of the pipeline's call, None if unknown.
+            timestep: as the scheduler holds it.
+
+        Raises:
+            ValueError: it is no training timestep.
+        """
+        self._current = (index, float(timestep), timestep.reshape(1))
+        self._steps = steps
+        _check_unit("scheduler", self._current[1])
+
+    def _count_steps(self) -> tuple[int, int | None]:
+        return self._current[0], self._steps
+
+    def _locate(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
+        return self._current
 
 
 def _first(time: torch.Tensor | float) -> float:
     return float(time.flatten()[0] if isinstance(time, torch.Tensor) else time)
 
 
-def _check_unit(scheduler: Any, *timesteps: float) -> None:
+def _check_unit(scheduler: str, *timesteps: float) -> None:
     """Refuse values that cannot be training timesteps."""
     if not all(-1e-3 <= timestep <= 1000 + 1e-3 for timestep in timesteps):
         raise ValueError(
             f"NegToMe's timestep_range is in training timesteps, from 0 to 1000, but the timesteps of this "
-            f"{type(scheduler).__name__} go from {min(timesteps):g} to {max(timesteps):g} (EDM's are logarithms of the "
+            f"{scheduler} go from {min(timesteps):g} to {max(timesteps):g} (EDM's are logarithms of the "
             "noise level); choose a scheduler in training timesteps, such as EulerDiscreteScheduler."
         )
 
@@ -214,27 +264,42 @@ def _index_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
     return number if not between and 0 <= number < len(values) else None
 
 
+def read_arguments(
+    architecture: Architecture, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of one call of a pipeline by name, defaults included."""
+    if architecture.guidance == "guider":
+        return _read_modular_arguments(pipe, *args, **kwargs)
+    # A subclass may only pass its arguments on.
+    signatures = (inspect.signature(cls.__call__) for cls in type(pipe).__mro__ if "__call__" in vars(cls))
+    signature = next(s for s in signatures if architecture.per_prompt in s.parameters)
+    parameters = list(signature.parameters.values())[1:]  # without self
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return defaults | dict(zip((p.name for p in parameters), args, strict=False)) | dict(kwargs)
+
+
+def _read_modular_arguments(pipe: Any, state: Any = None, output: object = None, **inputs: Any) -> dict[str, Any]:
+    """Read the call of a ModularPipeline, which may go on from the state that another one returned."""
+    defaults = {parameter.name: parameter.default for parameter in pipe.blocks.inputs if parameter.name is not None}
+    values = {} if state is None else state.values
+    return {**defaults, **values, **inputs}
+
+
 class PipelineCall:
     """The arguments of one call of a pipeline, and what they say about its images.
 
     Args:
         architecture: of the pipeline.
-        pipe: the pipeline.
-        args, kwargs: of the call.
+        arguments: all of them by name, defaults included; see `read_arguments`.
 
     Attributes:
-        arguments: all of them by name, defaults included.
+        arguments: the same.
         images_per_prompt: as the call says.
         prompts: how many prompts, or rows of embeddings, the call has; None if its arguments do not say it.
     """
 
-    def __init__(self, architecture: Architecture, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        # A subclass may only pass its arguments on.
-        signatures = (inspect.signature(cls.__call__) for cls in type(pipe).__mro__ if "__call__" in vars(cls))
-        signature = next(s for s in signatures if architecture.per_prompt in s.parameters)
-        parameters = list(signature.parameters.values())[1:]  # without self
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        self.arguments = defaults | dict(zip((p.name for p in parameters), args, strict=False)) | dict(kwargs)
+    def __init__(self, architecture: Architecture, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
         self.images_per_prompt: int = self.arguments.get(architecture.per_prompt) or 1
         prompt = self.arguments.get("prompt")
         prompts = self.arguments.get("prompt_embeds") if prompt is None else prompt
@@ -315,10 +380,16 @@ def check_one_prompt(
     several = group_size == call.images and pipeline_call.has_several_texts()
     # A callback, or a pipeline of the user's, may have put other embeddings in the place of the texts'.
     if several or not all(_rows_agree(rows, group_size) for rows in call.prompts.values() if len(rows) == call.rows):
+        if architecture.guidance == "guider" and group_size < call.images:
+            each = architecture.per_prompt
+            raise ValueError(
+                "NegToMe expected the images of a group to share their prompt, but with several prompts and several "
+                "images of each, this ModularPipeline of diffusers mixes the prompts up; repeat each prompt in the "
+                f"list instead, with {each}=1 and group_size in attach."
+            )
         raise ValueError(
             "NegToMe expected the images of a group to share their prompt, got several prompts; pass "
-            f"{architecture.per_prompt}=2 or more, or group_size to attach, so that only images of a prompt are pushed "
-            "apart."
+            f"{architecture.per_prompt}=2 or more, or set group_size, so that only images of a prompt are pushed apart."
         )
 
 

@@ -10,6 +10,27 @@ from negtome.architectures import Architecture
 from negtome.call_inspection import DenoiserCall
 
 
+def encoding_pipeline(architecture: Architecture, pipe: Any) -> Any:
+    """Return the pipeline whose methods encode references.
+
+    A ModularPipeline spreads them over its blocks, so the stock pipeline with the same components stands in for it.
+    """
+    if architecture.guidance != "guider":
+        return pipe
+    import diffusers
+
+    names = (cls.__name__ for cls in type(pipe).__mro__)
+    stock = next(architecture.modular[name] for name in names if name in architecture.modular)
+    cls = getattr(diffusers, stock)
+    components = pipe.components
+    settings = {name: value for name, value in pipe.config.items() if name not in components}
+    parts: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:  # without self
+        default = None if parameter.default is parameter.empty else parameter.default
+        parts[name] = components.get(name, settings.get(name, default))
+    return cls(**parts)
+
+
 def encode(architecture: Architecture, pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Encode images [R, 3, H, W] in [-1, 1]; return the mode of the latents and the posterior, if any."""
     pixels = pixels.unsqueeze(2) if architecture.frames else pixels

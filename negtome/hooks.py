@@ -277,6 +277,19 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
     return patched
 
 
+def patch_denoiser(original: Call) -> Call:
+    """Make the `__call__` of a denoiser whose state, an Attachment or a guider, has a method `call_denoiser`."""
+
+    @not_compiled(recursive=False)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__.get(ATTRIBUTE)  # None if such compiled code outlives the block
+        if state is None:
+            return original(self, *args, **kwargs)
+        return state.call_denoiser(original, self, args, kwargs)
+
+    return __call__
+
+
 def _push_output(original: Call) -> Call:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 
 from negtome.architectures import Architecture
 from negtome.call_inspection import DenoiserCall, Snapshot, value_at, with_value
-from negtome.encoding import embed, encode, noise_latents, scale_latents
+from negtome.encoding import embed, encode, encoding_pipeline, noise_latents, scale_latents
 from negtome.hooks import Layout, Route
 from negtome.merge import Matching
 from negtome.reference import Reference, fit, token_mask
@@ -72,45 +72,51 @@ class ReferenceBatch:
         self._references = references
         self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
         self._vae: Any = None  # that encoded them; another one encodes again
+        self._encoder: Any = None  # the pipeline whose methods encode and pack
 
-    def check(self, pipe: Any) -> None:
-        """Raise ValueError if the pipeline cannot encode the references or their prompts, or generates videos."""
+    def check(self, pipe: Any) -> Any:
+        """Return the pipeline whose methods encode the references; see `encoding_pipeline`.
+
+        Raises:
+            ValueError: it cannot encode the references or their prompts, or it generates videos.
+        """
         if self._architecture.video:
             raise ValueError(
                 f"NegToMe takes no references for a {type(pipe).__name__}, whose output is a video; use groups."
             )
-        if pipe.vae is None:
+        encoder = encoding_pipeline(self._architecture, pipe)
+        if encoder.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
         prompted = any(reference.prompt is not None for reference in self._distinct)
-        if prompted and None in (getattr(pipe, name, ...) for name in ("text_encoder", "text_encoder_2")):
+        if prompted and None in (getattr(encoder, name, ...) for name in ("text_encoder", "text_encoder_2")):
             raise ValueError(
                 "NegToMe expected all text encoders, to embed a Reference's prompt, got None; load them too, or leave "
                 "the prompt out, and each image lends its own."
             )
-        if prompted and "image" in inspect.signature(pipe.encode_prompt).parameters:
+        if prompted and "image" in inspect.signature(encoder.encode_prompt).parameters:
             raise ValueError(
                 f"a {type(pipe).__name__} reads the prompt together with the image to edit, which a Reference's prompt "
                 "cannot be; leave that prompt out, and each image lends its own."
             )
+        return encoder
 
     def start(self, pipe: Any, pipeline_arguments: Mapping[str, Any]) -> None:
         """Begin a call of the pipeline; every call draws the same noise. Errors are those of `check`."""
-        self.check(pipe)
-        if pipe.vae is not self._vae:
+        self._encoder = self.check(pipe)
+        if self._encoder.vae is not self._vae:
             self._encoded.clear()
-            self._vae = pipe.vae
+            self._vae = self._encoder.vae
         self._pipeline_arguments = pipeline_arguments
         self._plans: list[_Plan] = []
         self._noise: dict[Reference, tuple[torch.Tensor, torch.Generator]] = {}
         self._embedded: dict[Reference, dict[str, torch.Tensor]] = {}
 
     def extend(
-        self, pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], fewest_tokens: int
+        self, call: DenoiserCall, arguments: Mapping[str, Any], fewest_tokens: int
     ) -> tuple[dict[str, Any], Layout]:
         """Add the reference rows to the denoiser's arguments.
 
         Args:
-            pipe: the pipeline.
             call: the same call, as `CallReader` reads it.
             arguments: the denoiser's arguments by name.
             fewest_tokens: tokens of the smallest feature map that takes part.
@@ -122,7 +128,7 @@ class ReferenceBatch:
             ValueError: there are more or fewer references, or rows of text, than images, or a mask is too thin to hold
                 a token.
         """
-        architecture = self._architecture
+        architecture, pipe = self._architecture, self._encoder
         for name, value in call.prompts.items():
             if len(value) not in (1, call.rows):
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Look up the architecture of a pipeline, and the modules of its denoiser that NegToMe hooks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,6 +18,8 @@ def find_architecture(pipe: Any) -> Architecture:
         TypeError: the pipeline is not supported.
     """
     pipeline_classes = {cls.__name__ for cls in type(pipe).__mro__}
+    if "ModularPipeline" in pipeline_classes:
+        return _find_modular(pipe)
     for architecture in ARCHITECTURES:
         if architecture.denoiser_class in pipeline_classes:
             raise TypeError(f"Pass the pipeline, not its denoiser, got a {type(pipe).__name__}.")
@@ -26,6 +29,41 @@ def find_architecture(pipe: Any) -> Architecture:
             return architecture
     supported = "; ".join(f"{', '.join(a.pipelines)} with a {a.denoiser_class}" for a in ARCHITECTURES)
     raise TypeError(f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are {supported}.")
+
+
+def _find_modular(pipe: Any) -> Architecture:
+    """Find the row for a ModularPipeline. diffusers derives some of its classes from others that work differently."""
+    # The class of diffusers that a user's own class derives from.
+    pipeline_class = next((cls for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers.")), type(pipe))
+    for architecture in ARCHITECTURES:
+        denoiser = unwrap(getattr(pipe, architecture.denoiser, None))
+        is_loaded = architecture.denoiser_class in (cls.__name__ for cls in type(denoiser).__mro__)
+        if pipeline_class.__name__ in architecture.modular and is_loaded:
+            return guided(architecture)
+    supported = "; ".join(f"{', '.join(a.modular)} with a {a.denoiser_class}" for a in ARCHITECTURES if a.modular)
+    raise TypeError(
+        f"NegToMe cannot be attached to a {type(pipe).__name__} with these components; modular pipelines that are "
+        f"supported, once load_components() has loaded their denoiser, are {supported}."
+    )
+
+
+def find_architecture_of_denoiser(denoiser: torch.nn.Module) -> Architecture:
+    """Find the row for a denoiser that a ModularPipeline calls.
+
+    Raises:
+        TypeError: no ModularPipeline of the table has such a denoiser.
+    """
+    classes = {cls.__name__ for cls in type(unwrap(denoiser)).__mro__}
+    for architecture in ARCHITECTURES:
+        if architecture.modular and architecture.denoiser_class in classes:
+            return guided(architecture)
+    supported = ", ".join(a.denoiser_class for a in ARCHITECTURES if a.modular)
+    raise TypeError(f"NegToMe cannot guide a {type(unwrap(denoiser)).__name__}; supported are {supported}.")
+
+
+def guided(architecture: Architecture) -> Architecture:
+    """Return the row as ModularPipelines use it: every condition is a call of the denoiser, as the guider decides."""
+    return replace(architecture, guidance="guider")
 
 
 def unwrap(denoiser: Any) -> Any:

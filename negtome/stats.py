@@ -1,12 +1,13 @@
 """Count the tokens that were compared and pushed, report them to the user, and raise if there were none."""
 
+import contextlib
 import math
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -134,6 +135,7 @@ class PipelineRun:
         architecture: of the pipeline.
         call: the arguments of the call.
         reporter: reports its steps to the user, or None.
+        reader: reads the calls of the denoiser; None for that of a pipeline.
 
     Attributes:
         masks: denoiser arguments that must be the same for all images of a chunk.
@@ -146,7 +148,13 @@ class PipelineRun:
         fewest_tokens: tokens of the smallest feature map that takes part.
     """
 
-    def __init__(self, architecture: Architecture, call: PipelineCall, reporter: StepReporter | None = None) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        call: PipelineCall,
+        reporter: StepReporter | None = None,
+        reader: CallReader | None = None,
+    ) -> None:
         self.call = call
         self.masks: tuple[str, ...] = ()
         if architecture.drops_text_padding is not None:
@@ -156,7 +164,7 @@ class PipelineRun:
         self.thread = threading.get_ident()
         self.suspended = False
         self.steps: list[Step] = []
-        self.reader = CallReader(architecture)
+        self.reader = reader or CallReader(architecture)
         self.prompts: list[Snapshot] = []
         self.rows = self.images = 0
         self.grid: tuple[int, ...] | None = None
@@ -164,6 +172,21 @@ class PipelineRun:
         self.reporter = reporter
         # Sites of one shape, the tokens that each compared, and for each site: tokens pushed, highest similarity.
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Let calls of the denoiser in the block run unchanged."""
+        self.suspended = True
+        try:
+            yield
+        finally:
+            self.suspended = False
+
+    def report(self) -> None:
+        """Report the step that has ended; the user's function may call another pipeline."""
+        if self.reporter is not None:
+            with self.suspend():
+                self.reporter.end()
 
     def count(self, sites: Sequence[Site], threshold: float) -> None:
         """Count one call of the denoiser. Sites of one shape are counted together, and the host does not wait."""
@@ -193,6 +216,43 @@ class PipelineRun:
             compared[name] += number
             pushed[name] += moved
         return compared, pushed, min(1.0, max(all_maxima))  # rounding may exceed 1
+
+
+class Totals:
+    """What happened in the finished calls of a pipeline.
+
+    Attributes:
+        sites: names of the modules whose tokens are pushed.
+        steps: the denoising steps of these calls.
+    """
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self.sites = tuple(sites)
+        self.steps: list[Step] = []
+        self._compared: Counter[str] = Counter()
+        self._pushed: Counter[str] = Counter()
+
+    def add(self, run: PipelineRun) -> tuple[int, int, float]:
+        """Add a call; return its tokens compared, its tokens pushed, and its highest similarity."""
+        compared, pushed, highest = run.read()
+        self.steps += run.steps
+        self._compared.update(compared)
+        self._pushed.update(pushed)
+        return compared.total(), pushed.total(), highest
+
+    def counts(self) -> dict[str, SiteCount]:
+        """Return the tokens compared and pushed at every site."""
+        return {name: SiteCount(self._compared[name], self._pushed[name]) for name in self.sites}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the totals of all sites together, as JSON values."""
+        return {
+            "sites": len(self.sites),
+            "timesteps": [step.timestep for step in self.steps],
+            "active_timesteps": [step.timestep for step in self.steps if step.active],
+            "tokens_compared": self._compared.total(),
+            "tokens_pushed": self._pushed.total(),
+        }
 
 
 def check_active_steps(config: NegToMeConfig, timesteps: Sequence[float], active: Sequence[bool], order: int) -> None:

@@ -66,11 +66,11 @@ class ContextualRepulsion(Method):
         if not self.eta or group.size == 1:
             yield MethodContext(dict(call))
             return
-        step = 0
+        index = 0
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
-            nonlocal step
-            step += not denoiser.again
+            nonlocal index
+            index = denoiser.index
             return arguments
 
         def apart(tokens: torch.Tensor) -> torch.Tensor:
@@ -79,10 +79,10 @@ class ContextualRepulsion(Method):
 
         def text_apart(block: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
             text, image = output
-            return (apart(text), image) if step <= self.first_steps else output
+            return (apart(text), image) if index < self.first_steps else output
 
         def all_apart(block: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            if step > self.first_steps:
+            if index >= self.first_steps:
                 return output
             text, image = output
             return apart(torch.cat([text, image], dim=1)).split([text.shape[1], image.shape[1]], dim=1)

@@ -102,11 +102,12 @@ class SPARKE(Method):
             yield MethodContext(dict(call))
             return
         texts = torch.empty(0)
-        step_index = 0
+        index, previous_index = 0, -1
         original = pipe.scheduler.step
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
-            nonlocal texts
+            nonlocal texts, index
+            index = denoiser.index
             if denoiser.conditional:  # not the second call of a step, which is of the negative prompt
                 tokens = denoiser.text.expand(denoiser.rows, *denoiser.text.shape[1:])
                 tokens = tokens.chunk(denoiser.cfg_chunks)[denoiser.conditional[0]]
@@ -115,10 +116,11 @@ class SPARKE(Method):
 
         @functools.wraps(original)
         def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal step_index
-            if step_index % self.interval == 0:
+            nonlocal previous_index
+            # A step of a second-order scheduler calls this twice.
+            if index != previous_index and index % self.interval == 0:
                 sample = self.moved(sample, texts, group.size)
-            step_index += 1
+            previous_index = index
             return original(model_output, timestep, sample, *args, **kwargs)
 
         with denoiser_calls(pipe, before), replaced(pipe.scheduler, "step", step):

@@ -119,18 +119,17 @@ class STRIDE(Method):
         if not self.noise_length:
             yield MethodContext(dict(call))
             return
-        step, grid = 0, (0, 0)
+        index, grid = 0, (0, 0)
         noise: torch.Tensor | None = None
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
-            nonlocal step, grid
-            step += not denoiser.again
-            grid = denoiser.grid
+            nonlocal index, grid
+            index, grid = denoiser.index, denoiser.grid
             return arguments
 
         def after(block: torch.nn.Module, args: Any, output: Any) -> Any:
             nonlocal noise
-            if step > self.first_steps:
+            if index >= self.first_steps:
                 return output
             *text, image = output if isinstance(output, tuple) else (output,)
             if noise is None:

@@ -371,10 +371,10 @@ def finding(row: pd.Series) -> str:
 
 
 def is_quality_kept(rows: pd.DataFrame) -> bool:
-    """Tell whether a run is non-inferior in CLIPScore and in realism; either alone does not keep quality."""
+    """Tell whether a run is non-inferior in every primary metric of quality, CLIPScore and realism among them."""
     kept = rows[rows["primary"] == "quality"].set_index("metric")["non_inferior"]
-    shown = kept.index[kept.astype(str) == "True"]
-    return all(any(name.startswith(kind) for name in shown) for kind in ("clip_score", "realism"))
+    has_both = all(any(name.startswith(kind) for name in kept.index) for kind in ("clip_score", "realism"))
+    return has_both and bool((kept.astype(str) == "True").all())
 
 
 def is_clear(row: pd.Series) -> bool:

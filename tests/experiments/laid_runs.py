@@ -1,11 +1,12 @@
 """Runs of a table laid down for a page: one-coloured images, each of its own colour, and scores of their groups."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 from PIL import Image
 
-from eval.files import with_checksum
+from eval.files import content_hash, with_checksum
 from eval.images import METRICS, ManifestRow, scores_path, write_manifest
 from experiments import PROJECT
 from experiments.runs.identity import short_digest
@@ -24,9 +25,13 @@ def colour(model, method, prompt, seed, index):
     return (40 * index + 10 * seed, 80 * METHODS.index(method) + 20, 60 * list(PROMPTS).index(prompt) + 30)
 
 
-def write_run(outputs, model, method, size=32):
-    """Lay down a run of every prompt and two seeds, four one-coloured images a group, and return its id."""
-    identity = {"request": {"model": {"name": model}, "method": {"name": method, "settings": {}}},
+def write_run(outputs, model, method, size=32, request=None, commit="abc"):
+    """Lay down a run of every prompt and two seeds, four one-coloured images a group, and return its id.
+
+    `request` adds to the settings that its id hashes, or replaces them.
+    """
+    request = {"model": {"name": model}, "method": {"name": method, "settings": {}}, **(request or {})}
+    identity = {"request": request,
                 "weights": "w", "machine": {"device": "cpu", "torch": "2.9.0", "diffusers": "0.42.1",
                                             "transformers": "4.56.0"}, "code": "c"}  # fmt: skip
     folder = outputs / "runs" / short_digest(identity)
@@ -40,18 +45,23 @@ def write_run(outputs, model, method, size=32):
         Image.new("RGB", (size, size), colour(model, method, row.prompt_id, row.group_seed, row.index)).save(
             folder / row.path
         )
-    write_manifest(folder, rows)
+    manifest = write_manifest(folder, [replace(row, sha256=content_hash(folder / row.path)) for row in rows])
     (folder / "config.yaml").write_text(json.dumps(identity))
-    (folder / "environment.json").write_text('{"commit": "abc", "python": "3.11.7", "date": "2020-01-01T00:00:00"}')
-    (folder / "complete").touch()
+    environment = {"commit": commit, "python": "3.11.7", "date": "2020-01-01T00:00:00"}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "complete").write_text(content_hash(manifest))
     return folder.name
 
 
-def write_scores(run, metric, encoder, values):
-    """Lay down what a metric found in each group of a run's folder, and return the mean."""
-    groups = [{"group": group, "category": "c", "n_images": 4, "value": value} for group, value in values.items()]
+def write_scores(run, metric, encoder, values, **more):
+    """Lay down what a metric found in each group of a run's folder, with `more` of a document, and return the mean."""
+    groups = [
+        {"group": group, "category": PROMPTS[group.split("/")[0]][1], "n_images": 4, "value": value}
+        for group, value in values.items()
+    ]
     mean = sum(values.values()) / len(values)
-    document = with_checksum({"metric": metric, "aggregate": "mean", "value": mean, "groups": groups})
+    document = {"metric": metric, "encoder": {"name": encoder, "id": encoder}, "aggregate": "mean", "value": mean}
+    document = with_checksum({**document, "groups": groups, **more})
     path = scores_path(run / METRICS, metric, encoder)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(document))

@@ -158,7 +158,7 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; several measures of quality; two attributes, each where it is open and where it is said.
     several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "stereotypes": 4}
-    few_steps = ["few_steps", "few_steps_sweep", "few_steps_peers"]
+    few_steps = ["few_steps", "few_steps_sweep", "few_steps_peers", "few_steps_peers_grid"]
     several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux", *few_steps], 3)
     several |= {f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching")}
     assert len(tested) == several.get(experiment, 2)
@@ -294,14 +294,25 @@ def test_baselines_of_20_steps_are_the_runs_of_diversity():
     assert [config_digest(cfg) for cfg in few] == [config_digest(cfg) for cfg in usual]
 
 
-def test_a_further_sweep_is_left_out_where_the_command_line_sets_what_it_sets():
+def test_a_further_sweep_keeps_the_values_that_the_command_line_has_too():
     def cells(*overrides):
-        configs = expand(["experiment=few_steps", "method=none", *overrides])
+        configs = expand(["experiment=few_steps", *overrides])
         return [(cfg.model.name, cfg.model.call.num_inference_steps) for cfg in configs]
 
-    assert cells() == [("mini-sdxl", 4), ("mini-flux", 4), ("mini-sdxl", 2)]
-    assert cells("model=mini-sdxl") == [("mini-sdxl", 4)]
-    assert cells("model.call.num_inference_steps=3") == [("mini-sdxl", 3), ("mini-flux", 3)]
+    sdxl, flux = ([(f"mini-{name}", steps) for steps in (4, 2, 20)] for name in ("sdxl", "flux"))
+    assert cells("method=none") == [sdxl[0], flux[0], sdxl[1], sdxl[2], flux[2]]
+    assert cells("method=none", "model=mini-sdxl") == sdxl
+    assert cells("method=none", "model=mini-flux") == [flux[0], flux[2]]
+    assert cells("method=control_blurred") == [sdxl[0], flux[0], sdxl[1]], "no method of the last sweep"
+    assert cells("method=control_blurred,negtome", "model=mini-flux") == [flux[0], flux[0], flux[2]]
+    assert cells("method=none", "model.call.num_inference_steps=3") == [("mini-sdxl", 3), ("mini-flux", 3)]
+    assert cells("method=negtome", "model.call.num_inference_steps=2,20") == [*sdxl[1:], *flux[1:]], "each run once"
+
+
+def test_a_value_may_be_written_differently_than_in_a_further_sweep():
+    alphas = expand(["experiment=few_steps_sweep", "method=negtome", "model=mini-sdxl", "method.alpha=2.70,3.5"])
+    cells = [(cfg.model.call.num_inference_steps, cfg.method.alpha, cfg.method.threshold) for cfg in alphas]
+    assert sorted(cells) == [(steps, alpha, t) for steps in (2, 4) for alpha in (2.7, 3.5) for t in (0.5, 0.7)]
 
 
 def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers():

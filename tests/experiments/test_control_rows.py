@@ -83,6 +83,13 @@ def test_quality_is_kept_only_if_both_measures_are():
         assert ("quality kept" in finding) == all(kept)
 
 
+def test_quality_is_not_kept_if_one_of_two_realism_scores_falls():
+    frame = table(rows("none", 0), rows("negtome", 0.1))
+    another = frame[frame["metric"].str.startswith("realism")].assign(metric="realism_direct", non_inferior=False)
+    (finding,) = pages.findings(pd.concat([frame, another], ignore_index=True))
+    assert "quality kept" not in finding
+
+
 def at_steps(steps, of_methods):
     """Return rows of methods with this number of steps."""
     return [

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from test_methods import CALLS
 
 from experiments.methods.contextual_repulsion import ContextualRepulsion, entropy_slope
@@ -137,3 +138,18 @@ def test_contextual_repulsion_moves_the_texts_and_in_single_stream_blocks_all_to
     method.first_steps = 2
     _, second = watched(method)
     assert not torch.equal(second[0][0][0], second[0][1][0])
+
+
+class FluxHeunScheduler(FlowMatchHeunDiscreteScheduler):
+    """Heun's scheduler with the arguments that Flux's pipeline passes."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        super().set_timesteps(num_inference_steps or len(sigmas), device)
+
+
+def test_contextual_repulsion_changes_both_halves_of_a_second_order_step(watched, tiny_flux):
+    tiny_flux.scheduler = FluxHeunScheduler()
+    first, rest = watched(ContextualRepulsion("m", eta=0.5, relative=True, inner_steps=3))
+    second, third = rest[: len(first)], rest[len(first) :]
+    assert not all_equal(first[:-1]) and not all_equal(second[:-1]), "two calls of the first step"
+    assert all_equal(third[:-1]), "the call of the last step"

@@ -49,6 +49,17 @@ def test_every_hyperparameter_has_four_values_and_a_column_in_tables(model):
 
 
 @pytest.mark.parametrize(
+    ("experiment", "pending"),
+    [("peers_grid", False), ("peers", False), ("few_steps_peers_grid", True), ("few_steps_peers", True)],
+)
+def test_methods_that_are_pending_are_in_experiments_whose_tables_are_not_published(experiment, pending):
+    spec = OmegaConf.load(PROJECT / "conf" / "experiment" / f"{experiment}.yaml")
+    methods = swept_methods("mini-sdxl", pending)
+    assert spec.hydra.sweeper.params.method == ",".join(["none", *methods])
+    assert ("stride" in methods) == pending
+
+
+@pytest.mark.parametrize(
     ("experiment", "model", "methods"),
     [
         ("peers_grid", "mini-sdxl", ["limited_interval_and_negtome", "negtome"]),
@@ -139,6 +150,50 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         assert at(peers[method].method, HYPERPARAMETERS[method]["setting"]) == value
 
 
+@pytest.fixture
+def laid_grid(monkeypatch):
+    """Return a function that lays down the grid of one method at few steps and reads it.
+
+    At the four settings, distance gains 0.1 to 0.4. CLIPScore and realism lose these shares of their baseline's value.
+    """
+    bases = {"clip_score": 50, "realism_efflite0_40": 0.8}
+    losses = {"clip_score": [0, 0, 0.01, 0.02, 0.05], "realism_efflite0_40": [0, 0, 0.05, 0.1, 0.2]}
+
+    def read(*overrides):
+        plan = plan_of(
+            ["experiment=few_steps_peers_grid", "method=none,lower_guidance", "bootstrap.n_resamples=99", *overrides]
+        )
+        table, groups = [], []
+        for number, spec in enumerate(plan.runs):
+            spec.id = f"{number:012d}"
+            values = {"pairwise_distance_aligned": 0.2 + 0.1 * number}
+            values |= {name: bases[name] * (1 - losses[name][number]) for name in losses}
+            for metric, value in values.items():
+                row = {"run_id": spec.id, "metric": metric, "higher_is_better": True, "n_withheld": 0, "seconds": 1}
+                table.append(row | {"pushed_share": np.nan})
+                for category in ("cat", "dog", "hat", "car"):
+                    place = {"category": category, "prompt_id": category, "group_seed": "0"}
+                    groups.append({"run_id": spec.id, "metric": metric, "n_images": 4, "value": value} | place)
+        monkeypatch.setattr(rank, "read_table", lambda *_: pd.DataFrame(table))
+        monkeypatch.setattr(rank, "read_groups", lambda *_: pd.DataFrame(groups))
+        return rank.read_paths(plan.runs)
+
+    return read
+
+
+def test_every_measure_of_quality_limits_the_choice(laid_grid):
+    """Realism reaches its limit between the scales 4 and 3, CLIPScore between 2 and 1.5."""
+    both = laid_grid()
+    assert rank.chosen_values(both) == {"lower_guidance": 3.5}
+    (row,) = rank.rows_of_model(both)
+    assert row["gain"] == pytest.approx(0.15) and row["loss"] == pytest.approx(0.025)
+    page = rank.render(pd.DataFrame([row], columns=rank.COLUMNS))
+    assert "clip score and realism efflite0 40 falls by at most 2.5%" in page
+    clip_score = laid_grid("primary.quality=clip_score")
+    assert rank.chosen_values(clip_score) == {"lower_guidance": 1.92}
+    assert rank.rows_of_model(clip_score)[0]["loss"] == pytest.approx(0.025 * 50)
+
+
 def test_other_choices_stay(grid):
     _, plan, results = grid
     file = results / "peers_grid" / "chosen.yaml"
@@ -170,8 +225,10 @@ def test_single_settings_are_compared_as_they_are_and_a_baseline_alone_is_refuse
 def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(tmp_path):
     file = tmp_path / "chosen.yaml"
     arguments = ["model=sdxl", "method=lower_guidance", f"chosen={file}"]
-    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make peers"):
+    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make peers,"):
         expand(arguments)
+    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make few-steps-peers,"):
+        expand(["experiment=few_steps_peers", *arguments])
     file.write_text("sdxl: {lower_guidance: 2.5}\n")
     assert [cfg.method.scale for cfg in expand(arguments)] == [2.5]
     assert [cfg.method.scale for cfg in expand([*arguments, "method.scale=4"])] == [4]

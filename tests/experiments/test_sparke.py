@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from test_methods import CALLS
 
 from experiments.methods.method import sample
@@ -58,10 +59,9 @@ def test_latents_move_by_a_share_of_their_length_and_the_score_rises():
     assert score(moved.flatten(1), texts, 0.8, 0.35) > score(latents.flatten(1), texts, 0.8, 0.35)
 
 
-@pytest.mark.parametrize(("interval", "moves"), [(1, [0, 1, 2, 3]), (3, [0, 3]), (10, [0])])
-def test_every_so_many_steps_begin_with_moved_latents(pipe, kind, interval, moves):
-    method, scheduler = SPARKE("m", entropy_scale=0.05, interval=interval), pipe.scheduler
-    call, pairs = CALLS[kind] | {"num_inference_steps": 4}, []
+def latents_of_steps(pipe, kind, method):
+    """Return the latents of each scheduler call in four steps: those that the scheduler gets, and the pipeline's."""
+    scheduler, call, pairs = pipe.scheduler, CALLS[kind] | {"num_inference_steps": 4}, []
     original = scheduler.step
 
     @functools.wraps(original)
@@ -80,6 +80,24 @@ def test_every_so_many_steps_begin_with_moved_latents(pipe, kind, interval, move
 
         with replaced(scheduler, "step", outer):
             sample(pipe, THREE, call)
-    assert [number for number, (after, before) in enumerate(pairs) if not torch.equal(after, before)] == moves
+    return pairs
+
+
+def calls_that_move(pairs):
+    return [number for number, (after, before) in enumerate(pairs) if not torch.equal(after, before)]
+
+
+@pytest.mark.parametrize(("interval", "moves"), [(1, [0, 1, 2, 3]), (3, [0, 3]), (10, [0])])
+def test_every_so_many_steps_begin_with_moved_latents(pipe, kind, interval, moves):
+    method = SPARKE("m", entropy_scale=0.05, interval=interval)
+    pairs = latents_of_steps(pipe, kind, method)
+    assert calls_that_move(pairs) == moves
     after, before = pairs[0]
     assert torch.equal(after, method.moved(before, torch.ones(3, 1), 3)), "images of one prompt have equal texts"
+
+
+@pytest.mark.parametrize(("interval", "moves"), [(1, [0, 2, 4, 6]), (2, [0, 4])])
+def test_a_second_order_step_moves_the_latents_once(tiny_sdxl, interval, moves):
+    tiny_sdxl.scheduler = HeunDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
+    pairs = latents_of_steps(tiny_sdxl, "sdxl", SPARKE("m", entropy_scale=0.05, interval=interval))
+    assert len(pairs) == 7 and calls_that_move(pairs) == moves

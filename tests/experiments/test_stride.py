@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from test_methods import CALLS
 
 from experiments.methods.method import sample
@@ -65,13 +66,25 @@ def test_the_first_steps_go_on_with_the_same_noise(pipe, kind, steps):
         assert (directions[:3] * directions[3:]).sum(dim=1).min() > 0.5, "which both halves of guidance share"
 
 
-def test_it_stops_after_the_first_steps(pipe, kind):
-    """Latents of later steps differ already, so the calls of the formula are counted."""
+def count_perturbed_calls(pipe, kind):
+    """Return in how many calls of the denoiser a method changes the first two steps of four.
+
+    Latents of later steps differ already, so the calls of the formula are counted.
+    """
     counts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.methods.stride.perturb", lambda *a: counts.append(1) or perturb(*a))
         features_of(pipe, kind, STRIDE("m", noise_length=0.3, first_steps=2), 4)
-    assert len(counts) == 2 and not image_blocks(pipe, "m")[0]._forward_hooks
+    return len(counts)
+
+
+def test_it_stops_after_the_first_steps(pipe, kind):
+    assert count_perturbed_calls(pipe, kind) == 2 and not image_blocks(pipe, "m")[0]._forward_hooks
+
+
+def test_both_halves_of_a_second_order_step_count_as_one_step(tiny_sdxl):
+    tiny_sdxl.scheduler = HeunDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
+    assert count_perturbed_calls(tiny_sdxl, "sdxl") == 4
 
 
 def test_a_block_that_is_not_there_is_refused(pipe, kind):

@@ -103,6 +103,24 @@ def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     assert len(tabulate.rows_of_runs(plan)) == len(plan.cfg.metric)
 
 
+def test_runs_are_paired_with_a_method_where_their_baseline_has_one(monkeypatch):
+    methods = "method=none,negtome,lower_guidance_3"
+    plan = plan_of(["experiment=diversity", "model=mini-sdxl,mini-flux", methods, "model.call.num_inference_steps=4,2"])
+
+    def cell(spec):
+        return spec.cfg.model.name, spec.cfg.model.call.num_inference_steps, spec.cfg.method.name
+
+    monkeypatch.setattr(tabulate.Run, "of", {spec: Mock() for spec in plan.runs}.get)
+    monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
+    monkeypatch.setattr(tabulate, "ImageSet", Mock())
+    plan.runs = [spec for spec in plan.runs if cell(spec) != ("mini-sdxl", 2, "lower_guidance_3")]
+    paired = {cell(score.spec) for score in tabulate.read_scores(plan, "lower_guidance_3")}
+    assert paired == {cell(spec) for spec in plan.runs if cell(spec)[:2] != ("mini-sdxl", 2)}
+    plan.runs = [spec for spec in plan.runs if cell(spec)[::2] != ("mini-sdxl", "lower_guidance_3")]
+    with pytest.raises(ValueError, match=r"a run of lower_guidance_3 .* none on mini-sdxl: give model=mini-flux$"):
+        tabulate.read_scores(plan, "lower_guidance_3")
+
+
 def test_the_configured_cluster_reaches_the_halves_too():
     for cluster in ("category", "prompt", None):
         (spec,) = configured(f"bootstrap.cluster={'null' if cluster is None else cluster}").runs

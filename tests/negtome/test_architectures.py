@@ -456,6 +456,35 @@ def test_a_time_without_a_step_index_is_the_nearest_timestep(tiny_flux, dtype):
     assert reader.read(tiny_flux, arguments, None).timestep == pytest.approx(700, abs=2), "none of them"
 
 
+def test_a_repeated_timestep_is_one_step_in_both_passes_of_guidance(tiny_flux):
+    scheduler = tiny_flux.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(4)
+    arguments = {
+        "hidden_states": torch.zeros(2, 6, 4), "img_ids": torch.zeros(6, 3),
+        "encoder_hidden_states": torch.zeros(2, 9, 32), "pooled_projections": torch.zeros(2, 32),
+    }  # fmt: skip
+    reader = CallReader(find_architecture(tiny_flux))
+    times = [time.expand(2) for time in scheduler.timesteps for _ in range(2)]
+    calls = [reader.read(tiny_flux, arguments | {"timestep": time}, None) for time in times]
+    assert [call.index for call in calls] == [0, 0, 1, 1, 1, 1, 2, 2, 3, 3]
+    assert [call.conditional for call in calls] == [(0,), ()] * 5
+    assert {call.steps for call in calls} == {4}
+
+
+def test_steps_that_are_rounded_to_one_timestep_are_several(tiny_sdxl):
+    config = tiny_sdxl.scheduler.config
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps.unique()) < 50
+    tiny_sdxl.scheduler, reader = scheduler, CallReader(find_architecture(tiny_sdxl))
+    arguments = {
+        "sample": torch.zeros(2, 4, 16, 16), "encoder_hidden_states": torch.zeros(2, 9, 32),
+        "added_cond_kwargs": {"text_embeds": torch.zeros(2, 32)},
+    }  # fmt: skip
+    calls = [reader.read(tiny_sdxl, arguments | {"timestep": time}, 2) for time in scheduler.timesteps]
+    assert [call.index for call in calls] == list(range(50)) and {call.steps for call in calls} == {50}
+
+
 def test_the_documentation_lists_every_pipeline():
     page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text(encoding="utf-8")
     for architecture in ARCHITECTURES:

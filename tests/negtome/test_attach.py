@@ -235,6 +235,18 @@ def test_a_step_range_counts_the_steps_of_any_scheduler(tiny_sdxl, name):
         assert len(attached.steps) == 4 * scheduler.order - (scheduler.order - 1)
 
 
+def test_a_step_range_counts_a_repeated_timestep_once(tiny_sdxl):
+    tiny_sdxl.scheduler = diffusers.PNDMScheduler.from_config(tiny_sdxl.scheduler.config, skip_prk_steps=True)
+    for step_range, active in (((0, 1), [True, True, True, False, False]), ((0.5, 0.99), [False] * 3 + [True] * 2)):
+        with negtome.attach(tiny_sdxl, CONFIGS["sdxl"].replace(step_range=step_range)) as attached:
+            generate(tiny_sdxl)
+        assert attached.steps[1].timestep == attached.steps[2].timestep
+        assert [step.active for step in attached.steps] == active
+    attachment = negtome.attach(tiny_sdxl, CONFIGS["sdxl"].replace(step_range=(4, 9)))
+    with pytest.raises(RuntimeError, match="This call has 4 steps, from 0 to 3;"), attachment:
+        generate(tiny_sdxl)
+
+
 # What is counted
 
 

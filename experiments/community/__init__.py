@@ -1,0 +1,1 @@
+"""Results that other people send: one file for each run, in results/community/."""
