@@ -19,15 +19,15 @@ from training import people
 from training.sources import SKIN_TONES, Emoji
 
 
-def test_every_word_is_asked_for_openly_20_times_and_of_both_genders():
+def test_every_word_has_100_open_images_and_is_specified_for_both_genders():
     cfg = first(["experiment=stereotypes"])
     groups = build(cfg.prompts).groups()
     tones = cfg.metric.skin_tone_as_said.labels
     assert tones == list(TONES) and len({group.category for group in groups}) == 14
     for word, genders in cfg.metric.gender_as_said.labels.items():
         own = [group for group in groups if group.category == word]
-        assert sum(group.size for group in own if group.prompt_id.startswith("open-")) == (word != "technologist") * 20
-        said = [group.prompt for group in own if group.prompt_id.startswith("said-")]
+        assert sum(group.size for group in own if group.prompt_id.startswith("open-")) == (word != "technologist") * 100
+        said = {group.prompt for group in own if group.prompt_id.startswith("said-")}
         assert {label_in_prompt(prompt, genders) for prompt in said} == ({0, 1} if said else set())
         assert len({label_in_prompt(prompt, tones) for prompt in said}) == len(said)
     open_prompts = [group.prompt for group in groups if group.prompt_id.startswith("open-")]
