@@ -38,7 +38,7 @@ def test_every_word_has_100_open_images_and_is_specified_for_both_genders():
 
 @pytest.mark.slow
 def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
-    mine = ("prompts.categories", "model.groups_per_category", "metric=", "primary.quality")
+    mine = ("prompts.categories", "model.groups_per_category", "metric=", "primary.")
     usual = [one for one in tiny_overrides("stereotypes", tmp_path, "method=none,negtome") if not one.startswith(mine)]
     words = {"judge": ["woman judge with light skin tone"], "cook": ["man cook with dark skin tone"]}
     changes = [
