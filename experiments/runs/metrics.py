@@ -88,12 +88,16 @@ def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Met
 
 def place_of_weights(cfg: DictConfig, name: str, scorer: Scorer) -> str:
     """Return the override for another place of the weights of a metric's scorer; empty if there is none."""
-    if not isinstance(scorer, Network) or not scorer.PLACE:
+    places = [part.PLACE for part in scorer.parts() if isinstance(part, Network) and part.PLACE]
+    if not places:
         return ""
-    spec = cfg.metric[name]
-    node = OmegaConf.to_container(spec, resolve=False).get("encoder", f"metric.{name}")
-    key = node.removeprefix("${").removesuffix("}") if isinstance(node, str) else f"metric.{name}.encoder"
-    return f"{key}.{scorer.PLACE}={'FILE' if scorer.PLACE in ('file', 'weights') else 'FOLDER'}"
+    key, node = f"metric.{name}", OmegaConf.to_container(cfg.metric[name], resolve=False)
+    while isinstance(node, dict) and "encoder" in node:  # an averaged encoder has the one with the weights inside
+        key, node = f"{key}.encoder", node["encoder"]
+    if isinstance(node, str):
+        key = node.removeprefix("${").removesuffix("}")
+    place = places[0]  # of the scorer itself, if it has weights
+    return f"{key}.{place}={'FILE' if place in ('file', 'weights') else 'FOLDER'}"
 
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:

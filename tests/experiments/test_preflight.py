@@ -223,7 +223,7 @@ def test_every_network_of_a_suite_takes_its_place_from_a_declared_key(suite):
     for name in metrics.measured(cfg):
         scorer = metrics.build_metric(cfg, name).encoder
         key = metrics.place_of_weights(cfg, name, scorer).partition("=")[0]
-        assert bool(key) == bool(getattr(scorer, "PLACE", "")), name
+        assert bool(key) == any(getattr(part, "PLACE", "") for part in scorer.parts()), name
         assert not key or OmegaConf.select(cfg, key, default="absent") != "absent", key
 
 
