@@ -63,6 +63,6 @@ def test_folders_share_parts_by_links_and_tell_their_settings_and_training(model
     for name in ("mini-sdxl", "mini-flux"):
         shipped = (PROJECT / "models" / name / "negtome.json").read_text()
         assert (models / name / "negtome.json").read_text() == shipped
-    assert ModelDefaults.of(str(models / "mini-sdxl")).reference.alpha == 1.8
+    assert ModelDefaults.of(str(models / "mini-sdxl")).reference.alpha == 1.35
     card = (models / "mini-sdxl" / "README.md").read_text()
     assert "CC-BY-4.0" in card and "UNet: 10 steps of 4 in 2 s on CPU; last loss 0.5" in card
