@@ -218,20 +218,21 @@ class StepReader(CallReader):
     It cannot know that a scheduler is of second order, so every timestep counts as a step.
     """
 
-    def set_step(self, index: int, steps: int | None, timestep: torch.Tensor) -> None:
+    def set_step(self, index: int, steps: int | None, timestep: float, time: torch.Tensor) -> None:
         """Set the step of the calls that follow.
 
         Args:
             index: number of the step, from 0.
             steps: number of steps of the pipeline's call, None if unknown.
-            timestep: as the scheduler holds it.
+            timestep: training timestep.
+            time: the same, as the scheduler holds it.
 
         Raises:
             ValueError: it is no training timestep.
         """
-        self._current = (index, float(timestep), timestep.reshape(1))
+        self._current = (index, timestep, time.reshape(1))
         self._steps = steps
-        _check_unit("scheduler", self._current[1])
+        _check_unit("scheduler", timestep)
 
     def _count_steps(self) -> tuple[int, int | None]:
         return self._current[0], self._steps

@@ -165,7 +165,8 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         if step == 0:
             self._call = self._totals = None
         self._forwards = 0
-        self._current_step = (step, num_inference_steps, torch.as_tensor(timestep))
+        time = torch.as_tensor(timestep)
+        self._current_step = (step, num_inference_steps, float(time), time)  # read once: it waits for the device
         if step == num_inference_steps and self.settings.step_range is not None:
             warnings.warn(
                 f"NegToMeGuidance counted every timestep of this second-order scheduler as a step of step_range="
@@ -192,9 +193,9 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
                 "NegToMeGuidance, or else tokens would be pushed twice."
             )
         call = self._begin(module)
-        step, steps, time = self._current_step
-        call.reader.set_step(step, steps, time)
-        if call.hook.config.is_active(float(time), step, steps):
+        call.reader.set_step(*self._current_step)
+        step, steps, timestep, _ = self._current_step
+        if call.hook.config.is_active(timestep, step, steps):
             call.hook.enter()
         patch_call(denoiser, self, patch_denoiser)
         self._patched = denoiser
@@ -203,7 +204,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         """Give the denoiser back as it was; warn after the last call of the last step if nothing was pushed."""
         super().cleanup_models(denoiser)
         self._release()
-        step, steps, _ = self._current_step
+        step, steps, *_ = self._current_step
         if steps is not None and step >= steps - 1 and self._forwards >= self.num_conditions:
             self._finish()
 
