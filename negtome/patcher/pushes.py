@@ -12,13 +12,14 @@ A batch has one chunk for each entry of `cond_or_uncond`. A chunk has the images
 rows that reference pushes added.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 
-from negtome.config import RELEASED_SIDE
+from negtome.config import NegToMeConfig
 from negtome.hooks import not_compiled
 from negtome.merge import GroupReference, cannot_move, push_from, push_groups
 from negtome.patcher.report import Report
@@ -30,6 +31,8 @@ from negtome.sites import feature_maps, fewest_tokens
 KEY = "negtome"
 #: The blocks of a UNet that take part, those of the authors' release.
 UNET_BLOCKS = "output"
+#: The release's rule for the feature maps that take part.
+SIDE_WITHIN = NegToMeConfig().side_within
 #: Relative difference of two sigmas that are the same up to rounding.
 ROUNDING = 1e-4
 
@@ -160,21 +163,26 @@ class _Push:
             self.report.skipped["another node splits the batch at the attention; remove that node."] += 1
             return None
         if (image := extra_options.get("img_slice")) is not None:
-            height, width = (-(-side // self.settings.patch_size) for side in batch.latent)
+            count = math.prod(self._token_grid(batch.latent))
             start, stop = image
             # Tokens of images to edit follow those of the generated image.
-            return slice(start, start + height * width) if stop - start >= height * width else None
+            return slice(start, start + count) if stop - start >= count else None
         block = extra_options.get("block")
         if self.settings.attention_level is None or block is None or block[0] != UNET_BLOCKS:
             return None
         maps = feature_maps(batch.latent)
         largest = maps[min(self.settings.attention_level, len(maps) - 1)]
-        fewest = fewest_tokens(batch.latent, min(RELEASED_SIDE, *largest))
+        fewest = fewest_tokens(batch.latent, SIDE_WITHIN(largest))
         count = tokens.shape[1]
         if count not in {height * width for height, width in maps}:
             self.report.skipped["another node merges or splits tokens; let NegToMe come after it."] += 1
             return None
         return slice(0, count) if count >= fewest else None
+
+    def _token_grid(self, latent: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) of a transformer's image in tokens."""
+        height, width = (-(-side // self.settings.patch_size) for side in latent)
+        return height, width
 
     def _can_act(self, batch: Batch) -> bool:
         raise NotImplementedError
@@ -325,7 +333,7 @@ class ReferencePush(_Push):
         if all(share is None for share in shares):
             return None
         if self.settings.attention_level is None:
-            height, width = (-(-side // self.settings.patch_size) for side in latent)
+            height, width = self._token_grid(latent)
         else:
             height, width = next((h, w) for h, w in feature_maps(latent) if h * w == count)
         everything = torch.ones(count, dtype=torch.bool)
