@@ -27,6 +27,12 @@ def is_small(settings: Mapping[str, Any]) -> bool:
     return settings["request"]["model"]["kind"] == "mini"
 
 
+def documents_of(submission: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return the documents of a submission's scores by the names of their metrics; {} without a submission."""
+    scores = [] if submission is None else submission["scores"]
+    return {score["document"]["metric"]: score["document"] for score in scores}
+
+
 def read_submission(path: Path) -> dict[str, Any]:
     """Read a submission and check its form.
 

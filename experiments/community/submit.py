@@ -29,7 +29,7 @@ from eval.imageset import ImageSet
 from experiments import project_path
 from experiments.community.every_eval_ever import write_export
 from experiments.community.page import write_page
-from experiments.community.submission import COMMUNITY, file_name, is_small
+from experiments.community.submission import COMMUNITY, documents_of, file_name, is_small
 from experiments.community.verify import find_faults, recomputed
 from experiments.plan import PLAN, Plan, RunSpec
 from experiments.runs.store import Run
@@ -105,7 +105,7 @@ def _submission(spec: RunSpec, run: Run, rows: pd.DataFrame, baseline: dict[str,
         "withheld": [row.to_dict() for row in images.withheld],
         "scores": [],
     }
-    references = {} if baseline is None else {s["document"]["metric"]: s["document"] for s in baseline["scores"]}
+    references = documents_of(baseline)
     for _, row in rows.iterrows():
         document = read_document(scores_path(run.folder / METRICS, row["metric"], row["encoder"]))
         score = {"role": row["primary"] if row["primary"] in ROLES else None, "document": document}

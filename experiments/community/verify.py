@@ -20,7 +20,6 @@ import argparse
 import functools
 import math
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -38,12 +37,13 @@ from experiments.community.page import write_page
 from experiments.community.submission import (
     COMMUNITY,
     SCHEMA,
+    documents_of,
     file_name,
     is_small,
     read_submission,
     submission_files,
 )
-from experiments.runs.identity import short_digest
+from experiments.runs.identity import git, short_digest
 from experiments.tabulate import statistics_of
 
 #: Largest difference between a number and the recomputed one, as a share of it: processors round differently.
@@ -93,7 +93,7 @@ def _faults(submission: dict[str, Any], path: Path) -> Iterator[str]:
         yield "baseline: expected the run that the differences are to, got none"
     names = Counter(score["document"]["metric"] for score in submission["scores"])
     yield from (f"{name}: expected its score once, got {count}" for name, count in names.items() if count > 1)
-    references = {} if baseline is None else {s["document"]["metric"]: s["document"] for s in baseline["scores"]}
+    references = documents_of(baseline)
     for score in submission["scores"]:
         name = score["document"]["metric"]
         if baseline is not None and name not in references:
@@ -110,23 +110,14 @@ def commit_fault(commit: str) -> str | None:
     """Return why a commit is not accepted; None if it is, or if this checkout's history cannot tell."""
     if not re.fullmatch("[0-9a-f]{40}", commit):
         return f"commit: expected a commit without later changes, got {commit}: generate from a clean checkout"
-    if has_history() and _git("cat-file", "-t", commit) != "commit":
+    if has_history() and git(PROJECT, "cat-file", "-t", commit) != "commit":
         return f"commit: expected one of this repository, got {commit}: fetch it, or generate from a published one"
     return None
 
 
 def has_history() -> bool:
     """Return whether git knows all commits: an unpacked archive has none, and a shallow clone not all."""
-    return _git("rev-parse", "--is-shallow-repository") == "false"
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git prints about this checkout; None if it fails."""
-    try:
-        done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return git(PROJECT, "rev-parse", "--is-shallow-repository") == "false"
 
 
 def _group_faults(prompts: Mapping[str, Any], images: ImageSet) -> Iterator[str]:

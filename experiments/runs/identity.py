@@ -12,6 +12,7 @@ import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,15 +107,20 @@ def provenance(method: Method, weights: str | None, device: str) -> dict[str, An
 
 def current_commit() -> str:
     """Return the checkout's commit, with a mark if code, configuration or models differ from it."""
-    git = ["git", "-C", str(PROJECT)]
-    code = ["--", "negtome", "eval", "experiments", "conf", "models"]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", *code]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+    commit = git(PROJECT, "rev-parse", "HEAD")
+    changed = git(PROJECT, "status", "--porcelain", "--", "negtome", "eval", "experiments", "conf", "models")
+    if commit is None or changed is None:
         return "unknown"
-    return commit + ("+changes" if changed.strip() else "")
+    return commit + ("+changes" if changed else "")
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints about a checkout; None if it fails, as in an unpacked archive."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def environment(device: str) -> dict[str, Any]:
