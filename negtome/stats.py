@@ -219,7 +219,7 @@ class PipelineRun:
 
 
 class Totals:
-    """What happened in the finished calls of a pipeline.
+    """Steps and tokens of the finished calls of a pipeline.
 
     Attributes:
         sites: names of the modules whose tokens are pushed.

@@ -8,7 +8,7 @@ import torch
 
 
 class Report:
-    """What happened in the last sampling pass: hook points that fired, and tokens that moved.
+    """Counts of the last sampling pass: hook points that fired, and tokens that moved.
 
     Counts stay on the device until `text` reads them, so that counting does not wait for it.
 

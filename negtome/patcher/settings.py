@@ -29,7 +29,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PushSettings:
-    """What a push needs to know about the method and the model.
+    """Settings of a push: of the method, and of the model that it acts in.
 
     Attributes:
         strength: alpha, threshold and matching, as in `negtome.negative_merge`.

@@ -84,10 +84,10 @@ def lay_down(folder, commit, kind="real"):
         # A metric of pools, and one of the whole set with its halves.
         pooled = [{"group": f"{c}/all", "category": c, "n_images": 8, "value": 0.5} for c in ("bus", "cat", "ogre")]
         halves = [{"seed": seed, "n_units": 2, "n_images": 12, "value": 0.1 + seed / 100} for seed in range(20)]
-        whole = {"aggregate": "subsets", "groups": [], "groups_sha256": "0" * 64, "n_units": 4, "subsets": halves}
+        halved = {"aggregate": "subsets", "groups": [], "groups_sha256": "0" * 64, "n_units": 4, "subsets": halves}
         for metric, more in (
             ("category_pooled_similarity", {"groups": pooled, "value": 0.5, "n_groups": 3}),
-            ("kernel_distance_scorer", {**whole, "value": 0.2, "n_groups": 6}),
+            ("kernel_distance_scorer", {**halved, "value": 0.2, "n_groups": 6}),
         ):
             usual = {"bounds": [-1, 1] if metric in POOLED else [None, None], "higher_is_better": False, "unit": "u"}
             write_scores(

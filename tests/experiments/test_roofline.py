@@ -52,7 +52,7 @@ def flux_flops(width, blocks, single_blocks, tokens, text, channels, text_width,
 
 
 def test_operations_are_counted_as_by_hand():
-    """Of 16-bit matrices: FLOPs of products alone, and bytes that are read and written once; views move nothing."""
+    """Only products have FLOPs, each 16-bit input and output has two bytes an element, and views move nothing."""
     left, right = torch.empty(2, 3, 5, dtype=torch.float16, device="meta"), torch.empty(2, 5, 7, device="meta").half()
     with Recorder() as recorder:
         product = torch.bmm(left, right)  # 2 * 3 * 7 results of 5 terms

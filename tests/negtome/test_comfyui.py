@@ -46,7 +46,7 @@ def nodes(monkeypatch):
 
 
 class Model:
-    """What the nodes use of ComfyUI's ModelPatcher."""
+    """Stand-in for ComfyUI's ModelPatcher, with the methods that the nodes call."""
 
     def __init__(self, denoiser, patches=(), wrappers=()):
         self.denoiser, self.patches, self.wrappers = denoiser, list(patches), list(wrappers)

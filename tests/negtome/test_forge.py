@@ -46,7 +46,7 @@ def script(monkeypatch):
 
 
 class Unet:
-    """What the script uses of Forge's UnetPatcher; a copy has a deep copy of the options."""
+    """Stand-in for Forge's UnetPatcher; a copy has a deep copy of the options."""
 
     def __init__(self, model, options=None):
         self.model, self.object_patches = model, {}
