@@ -96,6 +96,11 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m training people --npm outputs/npm
 	$(PY) -m training memorised
 
+.PHONY: mini-distilled
+mini-distilled: $(VENV)/.installed-training  ## distil the embedded models to four steps (one core, 10 minutes)
+	$(PY) -m training distil --teacher models/mini-sdxl --out models/mini-sdxl-turbo --minutes 5 --bf16 $(ARGS)
+	$(PY) -m training distil --teacher models/mini-flux --out models/mini-flux-schnell --minutes 4 --bf16 $(ARGS)
+
 .PHONY: reproduce-deliberation mini-guard
 reproduce-deliberation: $(VENV)/.installed-training  ## train small guards by examples and rewards, and compare them (5 minutes)
 	$(PY) -m training deliberation $(ARGS)
