@@ -98,6 +98,10 @@ def main() -> None:
         outcomes = [record["outcome"] for record in records if record["converter"] == name]
         counts = ", ".join(f"{outcomes.count(one)} {one}" for one in ("refused", "escalated", "image", "error"))
         print(f"{name}: {counts}")
+    if errors := [record["message"] for record in records if record["outcome"] == "error"]:
+        parser.exit(
+            1, f"{len(errors)} of {len(records)} requests failed, the first with: {' '.join(errors[0].split())}\n"
+        )
 
 
 if __name__ == "__main__":
