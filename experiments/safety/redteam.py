@@ -371,6 +371,9 @@ def render(frame: pd.DataFrame) -> str:
             first, last = rows.iloc[0], rows.iloc[-1]
             system = "no guard" if first["method"] == "none" else f"{first['guard']}, {first['layers']}"
             cells = {"system": system, "attacker": first["attacker"]}
+            # Attackers may have different budgets: every row has all columns, in the order of the budgets.
+            budgets = sorted(int(metric.rpartition("_")[2]) for metric in of_model["metric"].unique())
+            cells |= {f"success within {budget}": "" for budget in budgets}
             for _, row in rows.iterrows():
                 heading = f"success within {row['metric'].rpartition('_')[2]}"
                 cells[heading] = with_interval("{:.2f}".format, row["value"], row["ci_low"], row["ci_high"])
