@@ -69,8 +69,8 @@ latency: $(VENV)/.installed-experiments  ## time and memory of the method: table
 .PHONY: reproduce-latency
 reproduce-latency: latency
 
-# The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
-redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (25 minutes)
+# The default budget is chosen for two cores; redteam.queries=16 takes several times as long.
+redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (40 minutes)
 	$(PY) -m experiments redteam $(ARGS)
 
 gate: $(VENV)/.installed-experiments  ## judge the tables of safety and redteam by conf/safety/gate.yaml: pass, review, fail
