@@ -24,10 +24,11 @@ from experiments.tables.groups import GROUPS, read_groups, values_of_run
 from experiments.tables.paths import PUBLISHED, TABLE, result_file
 from experiments.tabulate import Score, read_scores
 
-#: Deviation of a group's value that rounding may make, as a share of the metric's mean; also of the mean deviation.
+#: Deviation of a group's value that rounding may make, as a share of the metric's mean.
 TOLERANCE = 0.01
-#: Share of a metric's groups that must agree, save one group: on another make of CPU, rounding may turn the match of a
-#: token. Between an Intel Xeon and an AMD EPYC, one of seven groups of mini-sdxl deviated by 1.6 %.
+#: Share of a metric's groups that must agree, save one group. On another make of CPU, rounding may turn the match of a
+#: token or a detection near its threshold, and so change one group visibly: between an Intel Xeon and an AMD EPYC, one
+#: of nine groups of mini-sdxl lost a detection, and one of seven deviated by 1.6 % in distance.
 AGREEING = 0.9
 
 
@@ -47,8 +48,7 @@ class Comparison(NamedTuple):
     @property
     def agrees(self) -> bool:
         n_groups = len(self.deviations)
-        enough = self.n_agree >= min(AGREEING * n_groups, max(n_groups - 1, 1))
-        return enough and float(np.mean(list(self.deviations.values()))) <= TOLERANCE
+        return self.n_agree >= min(AGREEING * n_groups, n_groups - 1) and self.n_agree > n_groups / 2
 
 
 def published_runs(plan: Plan, results: str = PUBLISHED) -> dict[str, str]:

@@ -64,15 +64,15 @@ def test_other_values_deviate(published):
 @pytest.mark.parametrize(
     ("deviations", "agrees"),
     [
-        ([0.0] * 7, True),
-        ([0.002] * 6 + [0.05], True),  # rounding turned the match of a token in one group
-        ([0.002] * 6 + [0.10], False),
+        ([0.002] * 7, True),
+        ([0.002] * 6 + [1.1], True),  # rounding turned one detection
         ([0.002] * 5 + [0.02] * 2, False),
         ([0.0] * 17 + [0.02] * 3, False),
+        ([0.0, 0.02], False),
         ([0.02], False),
     ],
 )
-def test_one_group_may_deviate_by_little(deviations, agrees):
+def test_one_group_may_deviate(deviations, agrees):
     by_group = {f"group/{index}": deviation for index, deviation in enumerate(deviations)}
     n_agree = sum(deviation <= quick.TOLERANCE for deviation in deviations)
     assert quick.Comparison(None, n_agree, by_group).agrees == agrees
