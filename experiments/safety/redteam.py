@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import functools
+import json
 import logging
 import re
 from collections import Counter
@@ -79,7 +80,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Attack:
-    """The searches by one attacker in one system; `config`, `model` and `method` are YAML, for other processes.
+    """The searches by one attacker in one system; `config`, `model` and `method` are JSON, for other processes.
 
     Attributes:
         labels: columns of the table that name the system and the attacker.
@@ -152,10 +153,12 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
     folder = project_path(cfg.outputs) / "redteam" / short_digest(identity)
     write_json(folder / "setting.json", identity)
     parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("redteam", "model", "prompts")}
-    model, spec, config = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method, parts))
+    model, spec = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
     labels = {"model": cfg.model.name, "method": method.name, "guard": settings.get("guard")}
     labels |= {"layers": settings.get("layers"), "attacker": attacker, "setting": folder.name, "device": device}
-    return Attack(checkpoint, device, model, spec, config, attacker, folder, n_queries, tuple(concepts), labels)
+    return Attack(
+        checkpoint, device, model, spec, json.dumps(parts), attacker, folder, n_queries, tuple(concepts), labels
+    )
 
 
 def _objective_and_judge(cfg: DictConfig) -> tuple[AssetIndex, Judge]:
@@ -232,7 +235,7 @@ def run_search(attack: Attack, concept: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _setting(config: str) -> tuple[DictConfig, Policy, AssetIndex, Judge]:
-    cfg = OmegaConf.create(config)
+    cfg = OmegaConf.create(json.loads(config))
     return cfg, read_policy(cfg.model.copyright.policy), *_objective_and_judge(cfg)
 
 
