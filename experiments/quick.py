@@ -24,10 +24,10 @@ from experiments.tables.groups import GROUPS, read_groups, values_of_run
 from experiments.tables.paths import PUBLISHED, TABLE, result_file
 from experiments.tabulate import Score, read_scores
 
-#: Deviation of a group's value that rounding may make, as a share of the metric's mean. On a CPU with AVX2 in place of
-#: AVX-512, 20 groups of mini-sdxl deviated by 0.23 % at most.
+#: Deviation of a group's value that rounding may make, as a share of the metric's mean; also of the mean deviation.
 TOLERANCE = 0.01
-#: Share of a metric's groups that must agree. Rounding may turn the match of a token, and so change a group visibly.
+#: Share of a metric's groups that must agree, save one group: on another make of CPU, rounding may turn the match of a
+#: token. Between an Intel Xeon and an AMD EPYC, one of seven groups of mini-sdxl deviated by 1.6 %.
 AGREEING = 0.9
 
 
@@ -46,7 +46,9 @@ class Comparison(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        return self.n_agree >= AGREEING * len(self.deviations)
+        n_groups = len(self.deviations)
+        enough = self.n_agree >= min(AGREEING * n_groups, max(n_groups - 1, 1))
+        return enough and float(np.mean(list(self.deviations.values()))) <= TOLERANCE
 
 
 def published_runs(plan: Plan, results: str = PUBLISHED) -> dict[str, str]:
