@@ -114,11 +114,13 @@ def compare(quick: Plan, plan: Plan, results: str = PUBLISHED) -> Iterator[Compa
     Raises:
         FileNotFoundError: a run was not generated or not scored.
     """
-    published, groups = published_runs(plan, results), groups_of_metrics(plan, results)
+    published = published_runs(plan, results)
+    groups = dict(iter(groups_of_metrics(plan, results).groupby("run_id")))  # searched for every metric of a run
     settings = {mine.settings: spec.settings for mine, spec in zip(quick.specs, plan.specs, strict=True)}
     for score in read_scores(quick):
         if has_value(score.document) and score.document["aggregate"] != SUBSETS:
-            theirs = values_of_run(groups, published[settings[score.spec.settings]], score.metric)
+            run_id = published[settings[score.spec.settings]]
+            theirs = values_of_run(groups[run_id], run_id, score.metric) if run_id in groups else []
             mine = values_of(score.document["groups"], score.document["aggregate"])
             deviations = deviations_of(
                 {value["group"]: value["value"] for value in mine},

@@ -19,6 +19,7 @@ import functools
 import gzip
 import io
 import itertools
+import json
 import logging
 import re
 from collections import Counter
@@ -89,7 +90,7 @@ Searches = dict[tuple[str, int], list[Query]]
 
 @dataclass(frozen=True)
 class Attack:
-    """The searches by one attacker in one system; `config`, `model` and `method` are YAML, for other processes.
+    """The searches by one attacker in one system; `config`, `model` and `method` are JSON, for other processes.
 
     Attributes:
         labels: columns of the table that name the system and the attacker.
@@ -169,7 +170,8 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
     folder = project_path(cfg.outputs) / "redteam" / short_digest(identity)
     write_json(folder / "setting.json", identity)
     parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("redteam", "model", "prompts")}
-    model, spec, config = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method, parts))
+    method_settings = OmegaConf.to_container(cfg.method, resolve=True)
+    model, spec, config = (json.dumps(part) for part in (parts["model"], method_settings, parts))
     labels = {"model": cfg.model.name, "method": method.name, "guard": settings.get("guard")}
     labels |= {"layers": settings.get("layers"), "attacker": attacker, "setting": folder.name, "device": device}
     return Attack(
@@ -281,7 +283,7 @@ def run_search(attack: Attack, concept: str, repeat: int) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _setting(config: str) -> tuple[DictConfig, Policy, AssetIndex, Judge]:
-    cfg = OmegaConf.create(config)
+    cfg = OmegaConf.create(json.loads(config))
     return cfg, read_policy(cfg.model.copyright.policy), *_objective_and_judge(cfg)
 
 
