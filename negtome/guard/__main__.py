@@ -222,7 +222,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         parts[run.__name__] = part
     parts["check"].add_argument("--render", action="store_true", help="print only the system message")
     for part in (parts["explain"], parts["test"]):
-        part.add_argument("--guard", metavar="G", required=True, help="keyword, mini, chat or MODULE:ATTRIBUTE")
+        part.add_argument(
+            "--guard", metavar="G", required=True,
+            help="keyword, chat, MODULE:ATTRIBUTE, or mini, which was trained on the names and tags of one policy",
+        )  # fmt: skip
         part.add_argument("--base-url", metavar="U", help="chat: address of the server, such as http://host:8000/v1")
         part.add_argument("--model", metavar="M", help="chat: the server's name of the model")
         part.add_argument("--folder", metavar="F", help="chat, mini: folder of the model")
