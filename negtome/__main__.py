@@ -7,7 +7,8 @@
     negtome generate --from with-0.png                             again, with the settings stored in an image
     negtome demo                                                   the same in a browser
     negtome doctor                                                 what is installed here, and which models
-    python -m negtome.guard                                        policies, and guards that apply them
+    negtome guard                                                  policies, guards that apply them, audit and queue
+    negtome serve --policy P --guard G                             an OpenAI-compatible server behind a policy
 
 generate writes images that hold their settings, and a script that makes them in Python, into --out DIR.
 COMMAND --help lists the options. Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows a traceback.
@@ -27,7 +28,7 @@ from typing import Any, NoReturn
 
 from negtome.validation import read_step_range
 
-COMMANDS = ("generate", "demo", "doctor")
+COMMANDS = ("generate", "serve", "guard", "demo", "doctor")
 #: Value on the command line that means "as the pipeline or the published settings have it".
 AUTO = "auto"
 #: Most characters of an error message that are printed.
@@ -50,14 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     try:
-        if command == "generate":
-            options = _parser().parse_args(arguments)
-            importlib.import_module("negtome.generate").main(options)  # loads torch
-            return 0
-        if command in COMMANDS:
-            return _run_in_checkout(command, arguments)
-        near = "".join(f"; did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
-        raise ValueError(f"no command {command}, the commands are {', '.join(COMMANDS)}{near}")
+        return _run(command, arguments)
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)
         return 130
@@ -66,6 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{command}: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "generate":
+        options = _parser().parse_args(arguments)
+        importlib.import_module("negtome.generate").main(options)  # loads torch
+        return 0
+    if command == "serve":
+        return _serve(arguments)
+    if command == "guard":
+        code: int = importlib.import_module("negtome.guard.__main__").main(arguments)
+        return code
+    if command in COMMANDS:
+        return _run_in_checkout(command, arguments)
+    near = "".join(f"; did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
+    raise ValueError(f"no command {command}, the commands are {', '.join(COMMANDS)}{near}")
+
+
+def _serve(arguments: list[str]) -> int:
+    module = importlib.import_module("negtome.serve.command")
+    parser = _Parser(prog="negtome serve", allow_abbrev=False, description=module.main.__doc__.split(";")[0] + ".")
+    module.add_options(parser)
+    code: int = module.main(parser.parse_args(arguments))
+    return code
 
 
 def _one_line(error: BaseException) -> str:
