@@ -4,6 +4,7 @@
     negtome generate "a photo of a dog" --model ORGANISATION/NAME  any diffusers folder, or repository of the hub
     negtome generate "a photo of a dog" -n 4 --alpha 0.9 --threshold 0.7 --timestep-range 850:1000 --seed 3
     negtome generate "a photo of a panda" --reference panda.png --mask panda.mask.png    away from that image
+    negtome generate "a photo of a dog" --policy P                 decide the prompt by a policy first
     negtome generate --from with-0.png                             again, with the settings stored in an image
     negtome demo                                                   the same in a browser
     negtome doctor                                                 what is installed here, and which models
@@ -64,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     if command == "generate":
-        options = _parser().parse_args(arguments)
-        importlib.import_module("negtome.generate").main(options)  # loads torch
-        return 0
+        return _generate(arguments)
     if command == "serve":
         return _serve(arguments)
     if command == "guard":
@@ -76,6 +75,17 @@ def _run(command: str, arguments: list[str]) -> int:
         return _run_in_checkout(command, arguments)
     near = "".join(f"; did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
     raise ValueError(f"no command {command}, the commands are {', '.join(COMMANDS)}{near}")
+
+
+def _generate(arguments: list[str]) -> int:
+    parser = _parser()
+    if any(argument.split("=")[0] == "--policy" for argument in arguments):  # needs the packages of negtome[guard]
+        module = importlib.import_module("negtome.serve.single")
+        module.add_options(parser)
+        code: int = module.main(parser.parse_args(arguments))
+        return code
+    importlib.import_module("negtome.generate").main(parser.parse_args(arguments))  # loads torch
+    return 0
 
 
 def _serve(arguments: list[str]) -> int:
@@ -164,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--compare", action="store_true", default=False, help="make the baseline too, with the same seeds")
     run.add_argument("--out", default=None, metavar="DIR", help="for this recipe alone (negtome-images/PROMPT-DIGEST)")
     run.add_argument("--device", default=None, metavar="D", help="cuda, mps or cpu (the fastest here)")
+    run.add_argument(
+        "--policy", metavar="P", help="decide the prompt by this policy first; --policy P --help lists more options"
+    )
     run.add_argument("--low-memory", action="store_true", default=False, help="keep idle parts off the GPU")
     return parser
 

@@ -333,7 +333,7 @@ def _head(text: str) -> str:
     return text
 
 
-def add_guard_options(part: argparse.ArgumentParser, prefix: str = "", guard: str | None = None) -> None:
+def add_guard_options(part: argparse._ActionsContainer, prefix: str = "", guard: str | None = None) -> None:
     """Add --guard, required unless it has a default, and the guard's own options, --PREFIXmodel and so on."""
     default = "" if guard is None else f" ({guard})"
     part.add_argument(

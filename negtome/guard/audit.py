@@ -206,11 +206,18 @@ def _first_break(
             moved = "inserted" if places[number] < index else kind
             return f"line {line} was {moved}: it has the number {number}"
         if previous != (hashes[index - 1] if index else START):
-            followed = index + 1 < len(lines) and links[index + 1] is not None
-            intact = followed and links[index + 1] == (line + 1, hashes[index])
-            edited = line - 1 if intact and index else line
-            return f"line {edited} was edited: the hashes of lines {line - 1} and {line} do not fit"
+            return f"{_edited_line(links, hashes, index)} was edited: its hash does not fit"
     return ""
+
+
+def _edited_line(links: Sequence[tuple[int, str] | None], hashes: Sequence[str], index: int) -> str:
+    """Return which line was edited, where a line's hash of the line before it does not fit."""
+    line, following = index + 1, links[index + 1] if index + 1 < len(links) else None
+    if index == 0:
+        return "line 1"
+    if following is None:
+        return f"line {line - 1} or {line}"
+    return f"line {line - 1}" if following == (line + 1, hashes[index]) else f"line {line}"
 
 
 def text_sha256(text: str) -> str:

@@ -30,6 +30,7 @@ from negtome.guard.queue import Queue, QueueFullError, Ticket, new_ticket
 from negtome.guard.verdict import Guard, GuardError, Verdict, check_text, decide, guard_errors, is_remote
 from negtome.serve.makers import WAIT, Maker, out_of_time
 from negtome.serve.request import LARGEST_SEED, LONGEST_BODY, ImageRequest, Limits, RequestError, read_request
+from negtome.serve.steering import CannotSteerError
 
 #: Code of every answer without an image that the policy leads to, as of OpenAI's servers.
 VIOLATION = "content_policy_violation"
@@ -124,24 +125,29 @@ class Service:
     def _answer(self, request: ImageRequest, key: str, deadline: float) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the answer's body, and what the record says of it."""
         ticket = self.queue.find(key)
+        if ticket is not None and ticket.state != "released":
+            raise _ticket_error(ticket)
         steering: dict[str, Any] = {}
-        exempt: list[str] = []
+        verdict = None
         if ticket is None:
             verdict = self._decide(request.prompt, deadline)
             steering = self._act(verdict, request, key)
             action, clauses = verdict.action, verdict.clauses
-        elif ticket.state == "released":
-            # A person allowed what the clauses name, so the check must not block it.
-            exempt = [clause.asset for clause in self.policy.clauses if clause.id in ticket.clauses]
-            action, clauses = "released", ticket.clauses
         else:
-            raise _ticket_error(ticket)
+            action, clauses = ticket.state, ticket.clauses
         seed = secrets.randbelow(LARGEST_SEED) if request.seed is None else request.seed
         _check_time(deadline)
         images = self.maker.make(request, seed, steering, deadline)
         for image in images:
             _check_time(deadline)
-            self._check(image, exempt)
+            asset = self._detect(image)
+            if asset is None or (verdict is None and asset in self._assets(clauses)):
+                continue  # a person allowed what the ticket's clauses name
+            if verdict is not None and asset in self.policy.assets(verdict.clauses, "allow"):
+                # A person decides whether it is the parody, or the like, that an exception means.
+                raise self._escalate(request, key, "escalate", clauses, f"an image shows {asset}: see the exceptions")
+            showing = [clause.id for clause in self.policy.clauses if clause.asset == asset]
+            raise _violation("an image showed a protected concept, so none is returned", "blocked", showing)
         files = [_png(image) for image in images]
         details = {
             "action": action,
@@ -189,42 +195,38 @@ class Service:
         if verdict.action == "allow":
             return {}
         if verdict.action == "steer":
-            return self._steering(verdict)
+            try:
+                return self.maker.steering(self.policy, verdict.clauses)
+            except CannotSteerError as error:
+                message = f"the policy steers this request, but {error}"
+                raise _violation(message, "steer", verdict.clauses) from error
         if verdict.action == "refuse":
             raise _violation("the policy refuses this request", "refuse", verdict.clauses)
-        ticket = new_ticket(
-            key, asdict(request), self.policy.sha256, self.guard_id, verdict.action, verdict.clauses, verdict.reason
-        )
+        raise self._escalate(request, key, verdict.action, verdict.clauses, verdict.reason)
+
+    def _escalate(
+        self, request: ImageRequest, key: str, action: str, clauses: Sequence[str], reason: str
+    ) -> RequestError:
+        """Put a request into the queue, and return the error that has its ticket."""
+        ticket = new_ticket(key, asdict(request), self.policy.sha256, self.guard_id, action, clauses, reason)
         try:
-            ticket = self.queue.add(ticket)
+            return _ticket_error(self.queue.add(ticket))
         except QueueFullError as error:
             _report("the queue", error)
-            raise _violation(
-                "a person must decide this request, and the queue is full: send it again later",
-                verdict.action,
-                verdict.clauses,
-            ) from error
-        raise _ticket_error(ticket)
+            message = "a person must decide this request, and the queue is full: send it again later"
+            return _violation(message, action, clauses)
 
-    def _steering(self, verdict: Verdict) -> dict[str, Any]:
-        if not self.maker.steers:
-            reason = "and images of an upstream server cannot be steered"
-            raise _violation(f"the policy steers this request, {reason}", "steer", verdict.clauses)
-        assets = list(dict.fromkeys(self.policy.assets(verdict.clauses, "steer")))
-        fields = self.maker.steering(self.policy, assets[0]) if len(assets) == 1 else None
-        if fields is None:
-            reason = "has no reference image of its asset" if len(assets) == 1 else "steers from one asset at a time"
-            raise _violation(f"the policy steers this request, and the server {reason}", "steer", verdict.clauses)
-        return fields
+    def _assets(self, clauses: Sequence[str]) -> list[str]:
+        return [clause.asset for clause in self.policy.clauses if clause.id in clauses]
 
-    def _check(self, image: Any, exempt: Sequence[str]) -> None:
-        """Raise the error of an image that shows a protected concept; an error of a check is raised, too."""
+    def _detect(self, image: Any) -> str | None:
+        """Return the first protected concept that a check sees in an image; an error of a check is raised."""
         for check in self.checks:
             with self._checking, guard_errors(type(check).__name__):
                 asset, _ = check.detect(_array(image))
-            if asset is not None and asset not in exempt:
-                clauses = [clause.id for clause in self.policy.clauses if clause.asset == asset]
-                raise _violation("an image showed a protected concept, so none is returned", "blocked", clauses)
+            if asset is not None:
+                return asset
+        return None
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def _maker(options: argparse.Namespace, policy: Any) -> tuple[Any, str, str | No
     from negtome.doctor import accelerator
     from negtome.generate import load
     from negtome.recipe import Recipe
-    from negtome.serve.makers import PipelineMaker, UpstreamMaker, unsteerable
+    from negtome.serve.makers import PipelineMaker, UpstreamMaker
+    from negtome.serve.steering import unsteerable
 
     if options.upstream is not None:
         if options.model is not None or options.references is not None or options.size is not None:

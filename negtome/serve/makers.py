@@ -8,18 +8,19 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from negtome.generate import generate
-from negtome.guard.policy import Clause, Policy
+from negtome.generate import check_arguments, generate
+from negtome.guard.policy import Policy
 from negtome.guard.transport import AnswerError, TooLateError, post
-from negtome.recipe import ModelDefaults, Recipe
+from negtome.recipe import Recipe
 from negtome.serve.request import ImageRequest, RequestError
+from negtome.serve.steering import CannotSteerError, steer
 
 #: Environment variable with the upstream's key.
 UPSTREAM_KEY = "NEGTOME_UPSTREAM_API_KEY"
@@ -27,23 +28,19 @@ UPSTREAM_KEY = "NEGTOME_UPSTREAM_API_KEY"
 UPSTREAM_BYTES = 1 << 25
 #: Formats of images that are read from an upstream.
 FORMATS = ("PNG", "JPEG", "WEBP")
-#: Endings of reference images.
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 #: Seconds that a busy server asks clients to wait.
 WAIT = 5
 
 
 class Maker(Protocol):
-    """Makes images.
+    """Makes images."""
 
-    Attributes:
-        steers: whether it can push images away from a reference image.
-    """
+    def steering(self, policy: Policy, cited: Sequence[str]) -> dict[str, Any]:
+        """Return what steers images away from the asset of the cited clauses, for `make`.
 
-    steers: bool
-
-    def steering(self, policy: Policy, asset: str) -> dict[str, Any] | None:
-        """Return what steers images away from an asset, for `make`; None if it cannot."""
+        Raises:
+            CannotSteerError: it cannot; the message is for the client.
+        """
 
     def make(self, request: ImageRequest, seed: int, steering: Mapping[str, Any], deadline: float) -> list[Any]:
         """Return the PIL images of a request, in RGB.
@@ -57,38 +54,6 @@ class Maker(Protocol):
         Raises:
             RequestError: there are no images; the message is for the client.
         """
-
-
-def find_references(folder: str | Path | None, asset: str) -> list[Path]:
-    """Return the reference images of an asset, FOLDER/ASSET/*.png (or jpg, webp), by name."""
-    if folder is None:
-        return []
-    subfolder = Path(folder) / asset
-    files = subfolder.iterdir() if subfolder.is_dir() else []
-    return sorted(file for file in files if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
-
-
-def steer(policy: Policy, asset: str, model: str, folder: str | Path | None) -> dict[str, Any] | None:
-    """Return the fields of a recipe that steer images of a model away from an asset.
-
-    NegToMe pushes away from the asset's first reference image by name, at the model's own settings; the asset's names
-    are the negative prompt.
-
-    Returns:
-        None if there is no reference image.
-    """
-    files = find_references(folder, asset)
-    if not files:
-        return None
-    names = [name for clause in policy.clauses if clause.asset == asset for name in (asset, *clause.names)]
-    negative = ", ".join(dict.fromkeys(names))
-    return {"reference": str(files[0]), "config": ModelDefaults.of(model).reference, "negative_prompt": negative}
-
-
-def unsteerable(policy: Policy, folder: str | Path | None) -> list[str]:
-    """Return the assets of clauses that steer without any reference image."""
-    assets = [part.asset for part in policy.parts if isinstance(part, Clause) and part.action == "steer"]
-    return [asset for asset in dict.fromkeys(assets) if not find_references(folder, asset)]
 
 
 class _OutOfTimeError(Exception):
@@ -105,8 +70,6 @@ class PipelineMaker:
         fixed_size: ignores the sizes that clients ask for; the template's size is used.
     """
 
-    steers = True
-
     def __init__(
         self, pipe: Any, template: Recipe, references: str | Path | None = None, fixed_size: bool = False
     ) -> None:
@@ -116,9 +79,14 @@ class PipelineMaker:
         self.fixed_size = fixed_size
         self._lock = threading.Lock()
 
-    def steering(self, policy: Policy, asset: str) -> dict[str, Any] | None:
-        """Return the fields of a recipe from `steer`."""
-        return steer(policy, asset, self.template.model, self.references)
+    def steering(self, policy: Policy, cited: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of a recipe; see `steer`. A pipeline that ignores negative prompts gets none."""
+        fields = steer(policy, cited, self.template.model, self.references)
+        try:
+            check_arguments(type(self.pipe), self.template.replace(negative_prompt="none").arguments())
+        except ValueError:
+            del fields["negative_prompt"]
+        return fields
 
     def make(self, request: ImageRequest, seed: int, steering: Mapping[str, Any], deadline: float) -> list[Any]:
         """Return the images; see `Maker`."""
@@ -163,8 +131,6 @@ class UpstreamMaker:
         ValueError: it is no http or https address, or it contains a password.
     """
 
-    steers = False
-
     def __init__(self, url: str, model: str | None = None, key: str | None = None, side: int = 4096) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -176,9 +142,9 @@ class UpstreamMaker:
         self.side = side
         self._key = (key if key is not None else os.environ.get(UPSTREAM_KEY, "")).strip()
 
-    def steering(self, policy: Policy, asset: str) -> dict[str, Any] | None:
-        """Return None: another server takes no reference image to push away from."""
-        return None
+    def steering(self, policy: Policy, cited: Sequence[str]) -> dict[str, Any]:
+        """Raise CannotSteerError: another server takes no reference image to push away from."""
+        raise CannotSteerError("images of an upstream server cannot be steered")
 
     def make(self, request: ImageRequest, seed: int, steering: Mapping[str, Any], deadline: float) -> list[Any]:
         """Return the images; see `Maker`."""

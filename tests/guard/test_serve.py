@@ -25,13 +25,11 @@ URL = "/v1/images/generations"
 class Painter:
     """Makes grey images and keeps the requests; `before` is called first."""
 
-    steers = True
-
     def __init__(self, before=lambda: None):
         self.before, self.calls = before, []
 
-    def steering(self, policy, asset):
-        return {"away": asset} if asset != "goblin" else None
+    def steering(self, policy, cited):
+        return {"away": cited}
 
     def make(self, request, seed, steering, deadline):
         self.before()
@@ -91,7 +89,7 @@ def test_a_steered_request_is_steered_away_from_the_asset_of_its_clause(served):
     client, service = served()
     body = client.post(URL, json={"prompt": "draw a vampire"}).json()
     assert body["negtome"] == {"action": "steer", "clauses": ["C1"]}
-    assert service.maker.calls[0][1] == {"away": "vampire"}
+    assert service.maker.calls[0][1] == {"away": ("C1",)}
 
 
 def test_a_refused_request_gets_an_error_that_openai_clients_know_and_the_clauses(served):
@@ -131,6 +129,18 @@ def test_images_that_show_a_protected_concept_are_not_returned(served, asset):
     assert error["action"] == "blocked" and "data" not in client.post(URL, json={"prompt": "a bat"}).json()
     assert service.checks[0].shapes[0] == (1, 8, 16, 3)  # each image alone
     assert rows(service)[-1]["status"] == 400
+
+
+def test_an_exception_does_not_switch_the_check_off(served):
+    client, service = served(checks=[Sees("vampire")])
+    request = {"prompt": "a parody of a vampire"}
+    error = error_of(client.post(URL, json=request), 400, "content_policy_violation")
+    assert error["action"] == "escalate" and "E1" in error["clauses"]
+    service.queue.decide(error["ticket"], "allow", "Ann")
+    service.queue.release(error["ticket"])
+    assert client.post(URL, json=request).status_code == 200
+    service.checks = (Sees("goblin"),)  # which nobody allowed
+    assert client.post(URL, json=request).json()["error"]["action"] == "blocked"
 
 
 def test_a_check_that_fails_returns_no_image_and_no_secret(served):
