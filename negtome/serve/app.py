@@ -35,7 +35,7 @@ from negtome.serve.steering import CannotSteerError
 #: Code of every answer without an image that the policy leads to, as of OpenAI's servers.
 VIOLATION = "content_policy_violation"
 #: Names of this machine, by which a local server is called; a page in a browser cannot use another one.
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
+LOCAL_NAMES = ("127.0.0.1", "localhost")
 #: Seconds in which a client must send a body of at most `LONGEST_BODY` bytes.
 BODY_SECONDS = 10.0
 

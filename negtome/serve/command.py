@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,25 +41,39 @@ def main(options: argparse.Namespace) -> int:
     policy, guard = read_policy(options.policy), find_guard(options, "guard-")
     checks = [load_object(name, "an image check", ("detect",)) for name in options.check]
     audit, queue = Audit(options.audit, options.audit_text), Queue(options.queue)
-    audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id})  # before the model is loaded
-    maker, source, name = _maker(options, policy)
-    service = Service(policy, guard, maker, audit, queue, checks, limits, name)
-    print(f"policy  {options.policy}, sha256 {policy.sha256[:12]}; guard {guard.id}; image checks: {len(checks)}")
-    print(f"images  {source}")
-    print(f"audit   {audit.path.resolve()}; queue {queue.folder.resolve()}")
-    print(f"serve   http://{options.host}:{options.port}/v1/images/generations", flush=True)
-    uvicorn.run(
-        make_app(service, key, hosts),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=16 + 4 * limits.concurrency,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=5,
-    )
+    with _bind(options.host, options.port) as listener:  # like the record, before the model is loaded
+        audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id})
+        maker, source, name = _maker(options, policy)
+        service = Service(policy, guard, maker, audit, queue, checks, limits, name)
+        print(f"policy  {options.policy}, sha256 {policy.sha256[:12]}; guard {guard.id}; image checks: {len(checks)}")
+        print(f"images  {source}")
+        print(f"audit   {audit.path.resolve()}; queue {queue.folder.resolve()}")
+        print(f"serve   http://{options.host}:{listener.getsockname()[1]}/v1/images/generations", flush=True)
+        config = uvicorn.Config(
+            make_app(service, key, hosts),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=16 + 4 * limits.concurrency,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=5,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket at an address; OSError if another program has it."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port must be from 0 to {2**16 - 1}, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot serve at {host}:{port} ({error}): choose another --port") from error
+    return listener
 
 
 def _maker(options: argparse.Namespace, policy: Any) -> tuple[Any, str, str | None]:
@@ -105,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     records.add_argument("--queue", metavar="FOLDER", default=FOLDER / "queue", help=f"({FOLDER}/queue)")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help=f"(127.0.0.1); any other needs a key in {KEY}")
-    server.add_argument("--port", type=int, default=8000, metavar="N", help="(8000)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="(8000); 0: a free one")
     server.add_argument("--max-images", type=_positive, default=Limits.images, metavar="N", help="a request (4)")
     server.add_argument("--max-side", type=_positive, default=Limits.side, metavar="N", help="in pixels (1024)")
     server.add_argument("--max-prompt", type=_positive, default=Limits.prompt, metavar="N", help="characters (2000)")

@@ -1,23 +1,33 @@
 """The server of images: what each decision answers, hostile requests, guards and upstream servers."""
 
 import base64
+import dataclasses
 import io
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
-from negtome.guard import Audit, Decision, Keyword
+from experiments import PROJECT
+from negtome import image_files
+from negtome.__main__ import main
+from negtome.generate import load
+from negtome.guard import Audit, Decision, Keyword, read_policy
 from negtome.guard.audit import check_chain
 from negtome.guard.queue import Queue
+from negtome.recipe import Recipe
 from negtome.serve.app import Service, make_app
 from negtome.serve.makers import PipelineMaker, UpstreamMaker
-from negtome.serve.request import Limits
+from negtome.serve.request import ImageRequest, Limits
+from negtome.serve.steering import CannotSteerError, unsteerable
 
 URL = "/v1/images/generations"
 
@@ -288,8 +298,6 @@ def test_a_request_beyond_the_time_limit_gets_no_image(served):
 
 
 def test_a_policy_whose_default_steers_is_refused(policy, tmp_path):
-    import dataclasses
-
     with pytest.raises(ValueError, match="default"):
         Service(dataclasses.replace(policy, default="steer", clauses=()), Keyword(), Painter(), None, None)
 
@@ -317,8 +325,6 @@ class Pipe:
 
 
 def template():
-    from negtome.recipe import Recipe
-
     return Recipe("model", "images", width=16, height=16, config=None)
 
 
@@ -450,3 +456,135 @@ def test_an_upstream_address_with_a_secret_or_another_scheme_is_refused_unprinte
 def test_the_confidence_of_a_guard_does_not_matter(served, told):
     client, _ = served(told(Decision("allow", confidence=0.0)))
     assert client.post(URL, json={"prompt": "a bat"}).status_code == 200
+
+
+@pytest.fixture
+def address(served):
+    """The address of a server in a thread, as a program of somebody else calls it."""
+    _, service = served()
+    config = uvicorn.Config(make_app(service), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(5)
+
+
+def test_the_openai_client_gets_images_and_errors_that_it_knows(address):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+    result = client.images.generate(prompt="a bat", n=2, size="1024x1024", model="any", response_format="b64_json")
+    assert len(result.data) == 2 and base64.b64decode(result.data[0].b64_json)[:4] == b"\x89PNG"
+    for prompt in ("a goblin", "a police officer"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt=prompt)
+        assert caught.value.code == "content_policy_violation" and caught.value.body["clauses"]
+    assert [model.id for model in client.models.list()] == ["default"]
+
+
+def raw(address, data):
+    """Send bytes to a server and return the start of its answer."""
+    parts = urlsplit(address)
+    with socket.create_connection((parts.hostname, parts.port), timeout=5) as connection:
+        connection.sendall(data)
+        return connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_a_server_in_a_thread_outlives_what_is_no_request(address):
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    assert b" 413 " in raw(address, head + b"Content-Length: 70000\r\n\r\n" + bytes(70000))
+    assert b" 400 " in raw(address, b"\x16\x03\x01 no http\r\n\r\n")
+    assert b" 400 " in raw(address, head + b"Content-Length: -1\r\n\r\n")
+    assert b" 400 " in raw(address, head.replace(b"localhost", b"evil.example") + b"Content-Length: 2\r\n\r\n{}")
+    body = b'{"prompt": "a bat"}'
+    assert b" 200 " in raw(address, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
+def test_steering_uses_the_reference_image_and_the_names_of_the_asset(policy, tmp_path):
+    references = tmp_path / "references"
+    (references / "vampire").mkdir(parents=True)
+    for name in ("b.png", "a.png", ".hidden.png", "notes.txt"):
+        (references / "vampire" / name).write_bytes(b"")
+    maker = PipelineMaker(Pipe(), template(), references)
+    fields = maker.steering(policy, ["C1"])
+    assert fields["reference"] == str(references / "vampire" / "a.png")
+    assert fields["negative_prompt"] == "vampire, Dracula"
+    for cited in (["C2"], [], ["C1", "E1"]):
+        with pytest.raises(CannotSteerError):
+            maker.steering(policy, cited)
+    assert unsteerable(policy, references) == [] and unsteerable(policy, None) == ["vampire"]
+
+
+def test_a_request_that_cannot_be_steered_is_refused(served):
+    client, _ = served(maker=PipelineMaker(pipe := Pipe(), template()))
+    error = error_of(client.post(URL, json={"prompt": "draw a vampire"}), 400, "content_policy_violation")
+    assert error["action"] == "steer" and "reference image" in error["message"] and pipe.calls == []
+
+
+def test_images_of_the_small_model_change_when_they_are_steered():
+    model = str(PROJECT / "models/mini-sdxl")
+    recipe = Recipe.of("images", model, steps=4, width=64, height=64)
+    policy = read_policy(PROJECT / "conf/safety/policy.yaml")
+    maker = PipelineMaker(load(recipe), recipe, PROJECT / "models/mini-protected/guidance")
+    request, late = ImageRequest("a vampire"), time.monotonic() + 100
+    steering = maker.steering(policy, ["C20"])
+    (stock,), (steered,) = (maker.make(request, 3, fields, late) for fields in ({}, steering))
+    assert stock.size == steered.size == (64, 64) and stock.tobytes() != steered.tobytes()
+    assert maker.make(request, 3, {}, late)[0].tobytes() == stock.tobytes()  # nothing stays attached
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--upstream ftp://host", "expected an address"),
+        ("--upstream http://host/v1 --references .", "need a pipeline"),
+        ("--references nowhere", "expected a folder of reference images"),
+        ("--host 0.0.0.0", "NEGTOME_SERVE_API_KEY"),
+        ("--check nowhere", "an image check as MODULE:ATTRIBUTE"),
+        ("--check json:dumps", "expected"),
+        ("--port 99999", "--port must be"),
+        ("--concurrency 0", "positive integer"),
+        ("--size big", "WIDTHxHEIGHT"),
+        ("--guard-model m", "no --guard-model"),
+    ],
+)
+def test_an_option_that_cannot_be_used_ends_in_one_line_before_the_model_is_loaded(
+    options, message, written, document, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("NEGTOME_SERVE_API_KEY", raising=False)
+    policy = written(document)
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "--policy", str(policy), "--guard", "keyword", "--port", "0", *options.split()]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+POLICY_CODES = {"a goblin": 4, "a police officer": 5, "draw a vampire": 3}
+
+
+@pytest.mark.parametrize("prompt", POLICY_CODES)
+def test_generate_with_a_policy_exits_with_the_code_of_the_action_and_makes_nothing(
+    prompt, written, document, tmp_path, capsys
+):
+    arguments = [prompt, "--model", "any/model", "--policy", str(written(document)), "--out", str(tmp_path / "out")]
+    audit = tmp_path / "audit.jsonl"
+    assert main(["generate", *arguments, "--audit", str(audit)]) == POLICY_CODES[prompt]
+    assert "cites  C" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert len(audit.read_text().splitlines()) == 1
+
+
+def test_generate_with_a_policy_makes_allowed_and_steered_images(written, document, tmp_path, capsys):
+    references = PROJECT / "models/mini-protected/guidance"
+    options = ["--policy", str(written(document)), "--references", str(references), "--steps", "2", "--size", "64x64"]
+    common = ["--model", str(PROJECT / "models/mini-sdxl"), "-n", "2", *options]
+    for prompt, config in (("a bat", None), ("draw a vampire", "vampire, Dracula")):
+        out = tmp_path / prompt
+        assert main(["generate", prompt, *common, "--out", str(out)]) == 0
+        recipe = image_files.read(out / "with-0.png")
+        assert (recipe.prompt, recipe.negative_prompt) == (prompt, config) and (recipe.reference is None) == (
+            not config
+        )
+    assert main(["generate", "draw a vampire", *common, "--compare"]) == 2
