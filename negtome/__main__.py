@@ -69,7 +69,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "serve":
         return _serve(arguments)
     if command == "guard":
-        code: int = importlib.import_module("negtome.guard.__main__").main(arguments)
+        code: int = _import("negtome.guard.__main__", "guard").main(arguments)
         return code
     if command in COMMANDS:
         return _run_in_checkout(command, arguments)
@@ -77,10 +77,18 @@ def _run(command: str, arguments: list[str]) -> int:
     raise ValueError(f"no command {command}, the commands are {', '.join(COMMANDS)}{near}")
 
 
+def _import(module: str, extra: str) -> Any:
+    """Return a module that needs the packages of an extra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"a package is missing ({error}): pip install 'negtome[{extra}]'") from error
+
+
 def _generate(arguments: list[str]) -> int:
     parser = _parser()
     if any(argument.split("=")[0] == "--policy" for argument in arguments):  # needs the packages of negtome[guard]
-        module = importlib.import_module("negtome.serve.single")
+        module = _import("negtome.serve.single", "guard")
         module.add_options(parser)
         code: int = module.main(parser.parse_args(arguments))
         return code
@@ -89,7 +97,7 @@ def _generate(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    module = importlib.import_module("negtome.serve.command")
+    module = _import("negtome.serve.command", "serve")
     parser = _Parser(prog="negtome serve", allow_abbrev=False, description=module.main.__doc__.split(";")[0] + ".")
     module.add_options(parser)
     code: int = module.main(parser.parse_args(arguments))

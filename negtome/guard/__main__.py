@@ -164,8 +164,8 @@ def queue(arguments: argparse.Namespace) -> int:
             cited = ", ".join(ticket.clauses) or "no clause"
             by = f" by {ticket.by}" if ticket.by else ""
             print(_line(f"{ticket.id}  {ticket.state}{by}  {ticket.created}  {ticket.action}, {cited}"))
-            size = f"{ticket.request.get('images')} images, {ticket.request.get('width') or 'auto'} wide"
-            print(_line(f"    {ticket.request.get('prompt')!r} ({size})"))
+            fields = {name: value for name, value in ticket.request.items() if value is not None}
+            print(f"    {_line(json.dumps(fields, ensure_ascii=False))}")
         print(f"{len(listed)} requests")
         return 0
     if arguments.step == "decide":

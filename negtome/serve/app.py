@@ -149,6 +149,7 @@ class Service:
             showing = [clause.id for clause in self.policy.clauses if clause.asset == asset]
             raise _violation("an image showed a protected concept, so none is returned", "blocked", showing)
         files = [_png(image) for image in images]
+        _check_time(deadline)  # the client has its answer by then
         details = {
             "action": action,
             "clauses": list(clauses),
