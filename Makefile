@@ -69,8 +69,8 @@ latency: $(VENV)/.installed-experiments  ## time and memory of the method: table
 .PHONY: reproduce-latency
 reproduce-latency: latency
 
-# The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
-redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (25 minutes)
+# The default budget is chosen for two cores; redteam.queries=16 takes several times as long.
+redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (40 minutes)
 	$(PY) -m experiments redteam $(ARGS)
 
 gate: $(VENV)/.installed-experiments  ## judge the tables of safety and redteam by conf/safety/gate.yaml: pass, review, fail
@@ -95,6 +95,11 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m training protected --npm outputs/npm
 	$(PY) -m training people --npm outputs/npm
 	$(PY) -m training memorised
+
+.PHONY: mini-distilled
+mini-distilled: $(VENV)/.installed-training  ## distil the embedded models to four steps (one core, 10 minutes)
+	$(PY) -m training distil --teacher models/mini-sdxl --out models/mini-sdxl-turbo --minutes 5 --bf16 $(ARGS)
+	$(PY) -m training distil --teacher models/mini-flux --out models/mini-flux-schnell --minutes 4 --bf16 $(ARGS)
 
 .PHONY: reproduce-deliberation mini-guard
 reproduce-deliberation: $(VENV)/.installed-training  ## train small guards by examples and rewards, and compare them (5 minutes)

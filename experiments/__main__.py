@@ -40,6 +40,7 @@ COMMANDS = {
     "doctor": "experiments.doctor",
     "scorecard": "experiments.safety.scorecard",
     "redteam": "experiments.safety.redteam",
+    "outside": "experiments.safety.outside",
     "gate": "experiments.safety.gate",
     "sensitivity": "experiments.safety.sensitivity",
 }

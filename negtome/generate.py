@@ -23,7 +23,7 @@ from negtome import image_files
 from negtome.architectures import ARCHITECTURES
 from negtome.attachment import Attachment, attach
 from negtome.doctor import accelerator
-from negtome.model_files import INDEX, find_variants, read_index
+from negtome.model_files import INDEX, LORA, find_variants, read_index
 from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
@@ -170,6 +170,8 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     options = {"torch_dtype": getattr(torch, recipe.dtype), "variant": recipe.variant, "use_safetensors": True}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **options)
+        if Path(recipe.model, LORA).is_file():
+            pipe.load_lora_weights(recipe.model, weight_name=LORA)
         find_architecture(pipe)
     except (MemoryError, RuntimeError):
         raise

@@ -110,8 +110,9 @@ def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, cap
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["experiment=diversity"],
+        ["experiment=diversity", "method=none,negtome"],
         ["experiment=copyright", "method=none"],
+        *slow(["experiment=diversity"]),
         *slow(*([f"experiment={name}"] for name in ("copyright", "peers_grid", "safety", "stereotypes", "sweep"))),
     ],
 )
