@@ -338,7 +338,7 @@ def add_guard_options(part: argparse._ActionsContainer, prefix: str = "", guard:
     default = "" if guard is None else f" ({guard})"
     part.add_argument(
         "--guard", metavar="G", required=guard is None, default=guard,
-        help=f"keyword, chat, MODULE:ATTRIBUTE, or mini, which was trained on the names and tags of one policy{default}",
+        help=f"keyword, chat, MODULE:ATTRIBUTE, or mini, which was trained on names and tags of one policy{default}",
     )  # fmt: skip
     options: tuple[tuple[str, str, type, str], ...] = (
         ("base-url", "U", str, "chat: address of the server, such as http://host:8000/v1"),
