@@ -14,7 +14,8 @@ import numpy as np
 
 from eval.encoders import Encoder
 from eval.files import content_hash
-from eval.images import Withheld, load_image
+from eval.images import Withheld, load_image, read_manifest
+from eval.resemblance import DetectionRate
 from experiments.methods.assets import AssetIndex
 from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
@@ -62,7 +63,7 @@ class OutputCheck:
         if held_out is None:
             raise FileNotFoundError(
                 "expected held-out pictures without any asset to calibrate the output check on, got none: give "
-                "model.copyright.held_out=FOLDER, or leave the check out by method.layers=steer"
+                "method.check.held_out=FOLDER, or leave the check out by method.layers=steer"
             )
         self.encoder = encoder
         self.false_positive_rate = false_positive_rate
@@ -94,6 +95,25 @@ class OutputCheck:
         """The cosine above which an image shows a concept."""
         negatives = self.encoder.embed_images([load_image(file) for file in self._held_out])
         return self.index.calibrate(negatives, self.false_positive_rate, self.concepts)
+
+    def shared_with(self, evaluator: DetectionRate) -> list[str]:
+        """Return what the check has in common with an evaluator, which then cannot tell where the check is wrong.
+
+        Encoders are compared by their weights, images by their content. The list is empty if both are independent.
+        """
+        shared = []
+        encoders = {part.id for part in self.encoder.parts()} & {part.id for part in evaluator.encoder.parts()}
+        if encoders:
+            shared.append(f"the encoder {min(encoders)}")
+        folders = {
+            "reference images": ([asset.file for asset in self.index.assets], evaluator.folder("references")),
+            "held-out images": (self._held_out, evaluator.folder("held_out")),
+        }
+        for kind, (files, folder) in folders.items():
+            theirs = {content_hash(Path(folder) / row.path) for row in read_manifest(folder)}
+            if count := sum(content_hash(file) in theirs for file in files):
+                shared.append(f"{count} {kind}")
+        return shared
 
 
 class GroupImages(NamedTuple):
