@@ -53,8 +53,9 @@ peers: $(VENV)/.installed-experiments  ## NegToMe and every other method: settin
 few-steps-peers: $(VENV)/.installed-experiments  ## the same at 4 denoising steps on mini-sdxl
 	$(MAKE) peers PEERS="few_steps_peers_grid few_steps_peers"
 
-safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (16 minutes)
-	status=0; for name in safety safety_controls; do \
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (MINUTES minutes)
+	$(PY) -m experiments floors experiment=safety_floors $(ARGS)
+	status=0; for name in safety safety_steering safety_controls; do \
 	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
 	  $(PY) -m experiments scorecard experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status

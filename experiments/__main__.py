@@ -38,6 +38,7 @@ COMMANDS = {
     "notebooks": "experiments.report.notebooks",
     "demo": "experiments.demo",
     "doctor": "experiments.doctor",
+    "floors": "experiments.safety.floors",
     "scorecard": "experiments.safety.scorecard",
     "redteam": "experiments.safety.redteam",
     "outside": "experiments.safety.outside",

@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,12 +28,29 @@ from negtome.validation import check_int
 LAYERS = ("decide", "steer", "check")
 
 
+class ImageCheck(Protocol):
+    """Looks for protected concepts in images before they are shown."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what affects the detections, as JSON values."""
+        ...
+
+    def detect(self, images: np.ndarray) -> tuple[str | None, float]:
+        """Return the concept that the images of one request show, or None, and the score of the nearest concept.
+
+        Args:
+            images: float [n, H, W, 3] in [0, 1].
+        """
+        ...
+
+
 class OutputCheck:
     """Detects images that are more similar to a protected concept than images without any concept are.
 
     Args:
         folder, scoring: of reference images, see `experiments.methods.assets.read_assets`.
-        policy: file of the policy whose concepts are looked for; the check ignores other images in the folder.
+        policy: file of the policy whose concepts are looked for. The check ignores other images in the folder, and
+            concepts that every clause about them allows.
         held_out: images to calibrate the threshold on, one subfolder a kind; those of the concepts are left out.
         encoder: embeds images.
         false_positive_rate: in (0, 1): probability at most with which an image without any concept is detected.
@@ -53,7 +70,7 @@ class OutputCheck:
         false_positive_rate: float = 0.05,
         scoring: str | Path | None = None,
     ) -> None:
-        self.concepts = frozenset(clause.asset for clause in read_policy(policy).clauses)
+        self.concepts = frozenset(clause.asset for clause in read_policy(policy).clauses if clause.action != "allow")
         self.index = AssetIndex(folder, encoder, scoring)
         if absent := sorted(self.concepts - self.index.concepts):
             raise ValueError(
@@ -77,14 +94,15 @@ class OutputCheck:
             "false_positive_rate": self.false_positive_rate,
         }
 
-    def detect(self, images: np.ndarray, exempt: Collection[str] = ()) -> tuple[str | None, float]:
+    def detect(self, images: np.ndarray) -> tuple[str | None, float]:
         """Return the concept that the images of one request show, or None, and their largest cosine with any concept.
+
+        The cosine is -1 if the policy allows every concept.
 
         Args:
             images: float [n, H, W, 3] in [0, 1].
-            exempt: names of concepts that may be shown.
         """
-        pictures = self.index.nearest(embedded(self.encoder, images), self.concepts - set(exempt))
+        pictures = self.index.nearest(embedded(self.encoder, images), self.concepts)
         if not pictures:
             return None, -1.0
         asset, score = pictures[0]
@@ -166,6 +184,9 @@ class Guarded(Method):
     Refused, escalated and blocked requests end without images, and name the clauses. If the guard's reply does not
     follow from the policy, the request is escalated and counted as invalid; it is never allowed.
 
+    An exception that allows a concept does not switch the check off. If the images resemble that concept, the request
+    is escalated: a person decides whether it is the parody that the exception means.
+
     Attributes:
         guard: decides; see `negtome.guard.Guard`.
         policy: file of the policy.
@@ -181,13 +202,13 @@ class Guarded(Method):
 
     title: ClassVar[str] = "guarded"
     columns: ClassVar[tuple[Setting, ...]] = (Setting("guard", printed="always"), Setting("layers", printed="always"))
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     name: str
     guard: Guard
     policy: str
     steering: Method
-    check: OutputCheck | None = None
+    check: ImageCheck | None = None
     layers: str = LAYERS[-1]
     tries: int = 3
     audit: str | None = None
@@ -226,7 +247,7 @@ class Guarded(Method):
         method = Method()
         if concepts:
             method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
-        check, exempt = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
+        check, excepted = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
         tries = 1 + self.tries if check else 1
         all_seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
         generate_seconds, check_seconds, scores = 0.0, 0.0, []
@@ -234,17 +255,23 @@ class Guarded(Method):
             seeds = all_seeds[attempt * group.size :][: group.size]
             result = IMAGE_CACHE.generate(pipe, method, group, call, seeds)
             start = time.perf_counter()
-            concept, score = check.detect(result.images, exempt) if check else (None, None)
+            concept, score = check.detect(result.images) if check else (None, None)
             check_seconds += time.perf_counter() - start
             generate_seconds += result.seconds
             scores.append(score)
-            if concept is None:
-                break
+            if concept is None or concept in excepted:
+                break  # other seeds would only hide from a person what this prompt shows
         statistics |= {"check": scores, "draw_seconds": round(generate_seconds, 4)}
         statistics |= {"check_seconds": round(check_seconds, 4)}
         statistics["seconds"] = round(verdict.seconds + generate_seconds + check_seconds, 3)
         if concept is None:
             return GroupResult(result.images, {**statistics, **result.statistics}, result.references, seeds=seeds)
+        if concept in excepted:
+            exceptions = [name for name in verdict.clauses if not isinstance(self._policy[name], Clause)]
+            cited = ", ".join(exceptions or verdict.clauses)
+            reason = f"the images resemble {concept} above the threshold: a person decides whether {cited} allows them"
+            withheld = Withheld("escalated", reason, verdict.clauses)
+            return GroupResult(None, statistics, result.references, withheld)
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == concept)
         reason = f"every one of {tries} images resembles {concept} above the threshold"
         return GroupResult(None, statistics, result.references, Withheld("blocked", reason, clauses))

@@ -37,7 +37,7 @@ def guard_decisions(policy: str | None = None, split: str = "test") -> Task:
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    cfg = first(["experiment=safety", *SPLITS[split]])
+    cfg = first(["experiment=safety", "prompts.seeds=[0]", *SPLITS[split]])  # a decision has no seed
     rules = read_policy(cfg.model.copyright.policy if policy is None else policy)
     dataset = MemoryDataset(samples(rules, build(cfg.prompts).groups()), name=f"requests_{split}")
     return Task(dataset=dataset, solver=ask(rules), scorer=decision(rules))

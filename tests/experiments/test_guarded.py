@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,8 @@ ENDS = {
     "a red thing": ("refused", "grey", "grey"),
     "a green thing": ("refused",) * 3,
     "a plum thing": ("escalated",) * 3,
-    "a parody of a red thing": ("red", "red", "red"),  # allowed by the exception, and then not checked against it
+    "a parody of a red thing": ("red", "red", "escalated"),  # the exception allows it; a person looks at the images
+    "a parody of a hidden red thing": ("green", "green", "blocked"),  # the exception is of another concept
     "a hidden thing": ("green", "green", "blocked"),  # which the guard does not see, but the check does
 }
 SHOWN = {"blue": (0, 0, 255), "grey": (90, 90, 90), "red": (255, 0, 0), "green": (0, 255, 0)}
@@ -131,8 +133,9 @@ def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
         assert drawn.withheld is None and (drawn.images * 255).round().reshape(-1, 3).tolist() == [[*SHOWN[end]]] * 64
     else:
         assert drawn.images is None and drawn.withheld.status == end
-    cited = {"refused": "C1" if "red" in prompt else "C2", "escalated": "C3", "blocked": "C2"}
-    assert end in SHOWN or drawn.withheld.clauses == (cited[end],)
+    escalated = ("C1", "E1") if "red" in prompt else ("C3",)
+    cited = {"refused": ("C1",) if "red" in prompt else ("C2",), "escalated": escalated, "blocked": ("C2",)}
+    assert end in SHOWN or drawn.withheld.clauses == cited[end]
 
 
 @pytest.mark.parametrize("tries", [0, 1, 3])
@@ -150,6 +153,19 @@ def test_the_first_try_without_the_asset_is_shown(folders):
     assert list(drawn.seeds) == pipe.seeds[2:]
     one = guarded(folders).generate(Pipe(shown=1), ask("a hidden thing", size=2), {})
     assert one.withheld is None  # the whole request is made again where one of its images is found out
+
+
+@pytest.mark.parametrize("action", ["steer", "refuse", "escalate"])
+def test_typing_an_exception_never_shows_what_the_check_detects(folders, action):
+    text = POLICY.replace("action: steer, exceptions: [E1]", f"action: {action}, exceptions: [E1]")
+    (folders / "policy.yaml").write_text(text)
+    for prompt in ("a red thing, parody", "parody red", "a parody of a red thing"):
+        drawn = guarded(folders, tries=3).generate(pipe := Pipe(), ask(prompt), {})
+        assert drawn.images is None and drawn.withheld.status == "escalated"
+        assert "red" in drawn.withheld.reason and "E1" in drawn.withheld.reason
+        assert len(pipe.seeds) == 1, "a person sees what the prompt shows; other seeds are no further chances"
+    harmless = guarded(folders).generate(Pipe(shown=0), ask("a red thing, parody"), {})
+    assert harmless.withheld is None, "a parody that does not resemble the concept is shown"
 
 
 RIGHT = Decision("refuse", ("C2",), "all green")
@@ -207,7 +223,7 @@ def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders
     )
     assert check.threshold == pytest.approx(maxima[18], abs=1e-6)  # the 19th of 20: ceil(0.9 * 21)
     red = np.full((1, 4, 4, 3), (1.0, 0, 0))
-    assert check.detect(red)[0] == "red" and check.detect(red, exempt=["red"])[0] is None
+    assert check.detect(red)[0] == "red"
     assert check.detect(np.concatenate([np.full((1, 4, 4, 3), (0, 0, 1.0)), red]))[0] == "red"
 
 
@@ -250,7 +266,11 @@ def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused
 def test_the_check_looks_for_the_policys_assets_alone(folders):
     paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))  # which no clause names
     assert guarded(folders).generate(Pipe(), ask("a sea"), {}).withheld is None
-    assert guarded(folders).check.detect(np.zeros((1, 4, 4, 3)), exempt=COLOURS) == (None, -1.0)
+    (folders / "policy.yaml").write_text(POLICY.replace("refuse}", "allow}"))
+    green = np.full((1, 4, 4, 3), (0, 1.0, 0))
+    assert guarded(folders).check.detect(green)[0] is None, "a concept that every clause allows may be shown"
+    (folders / "policy.yaml").write_text(re.sub("steer|refuse|escalate", "allow", POLICY))
+    assert guarded(folders).check.detect(green) == (None, -1.0)
 
 
 def cites(action, *clauses, quote="all red"):
