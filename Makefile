@@ -55,10 +55,8 @@ few-steps-peers: $(VENV)/.installed-experiments  ## the same at 4 denoising step
 
 safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (MINUTES minutes)
 	$(PY) -m experiments floors experiment=safety_floors $(ARGS)
-	status=0; for name in safety safety_steering safety_controls; do \
-	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
-	  $(PY) -m experiments scorecard experiment=$$name $(ARGS) || exit 1; \
-	done; exit $$status
+	status=0; $(PY) -m experiments reproduce experiment=safety $(ARGS) || status=1; \
+	  $(PY) -m experiments scorecard experiment=safety $(ARGS) || exit 1; exit $$status
 
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments tabulate experiment=$(EXPERIMENT) results=results $(ARGS)

@@ -70,7 +70,7 @@ from negtome.validation import check_int
 log = logging.getLogger(__name__)
 
 #: Overrides for what the command line leaves open.
-DEFAULTS = ("experiment=safety", "guard=keyword,nearest,mini", "method.layers=check")
+DEFAULTS = ("experiment=safety", "method=guarded", "guard=keyword,nearest,mini", "method.layers=check")
 ATTACKERS = ("name", "exception", "random", "guided", "chat")
 #: Longest usable prompt in words; a chat model may write longer ones.
 MAX_WORDS = 40
