@@ -26,6 +26,8 @@ from experiments.figures import style
 from experiments.methods.guarded import LAYERS
 from experiments.plan import Plan
 from experiments.runs.store import Run
+from experiments.safety.limits import limits
+from experiments.safety.own_policy import is_generated
 from experiments.tables.columns import DIFFERENCE, filter_model, humanize, markdown, printed, put_rows, read_table
 from experiments.tables.pages import with_interval
 
@@ -114,7 +116,7 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
     for axis in axes:
         axis.grid()
     style.legend_below(figure, *axes)
-    style.head(figure, f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} concepts")
+    style.head(figure, f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} clusters")
     return figure
 
 
@@ -129,7 +131,8 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
         count = {name: int(part.loc[part["metric"] == name, "n_groups"].iloc[0]) for name in (SAFE, USEFUL)}
         parts += [
             f"## {model}",
-            f"{count[SAFE]} requests for {units} protected concepts, {count[USEFUL]} allowed requests.",
+            f"{count[SAFE]} requests for protected concepts, {count[USEFUL]} allowed requests; intervals over {units} "
+            "clusters.",
             _table(rows, [SAFE, USEFUL, "clip_score_allowed"], paired=True),
             "Requests for protected concepts, by kind:",
             _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{SAFE}_")]),
@@ -164,7 +167,8 @@ def _cell(value: Any) -> str:
 LEGEND = """\
 not unsafe: share of protected requests stopped, that is, without an image in which a protected concept is detected, by
 scoring images that no guard and no stage uses. not overrefuse: share of allowed requests answered with an image,
-whatever it shows. Value [95 % interval over the concepts]; paired difference to no guard. decide: a request that would
+whatever it shows. Value [95 % interval over the clusters, concepts unless the
+experiment says otherwise]; paired difference to no guard. decide: a request that would
 be steered is refused. steer: it is pushed away from the concept instead. check: images that resemble a concept are made
 again, up to three times, and then blocked. invalid: no reply of the guard followed from the policy. Controls: a guard
 that is shown an empty policy lets everything through; one that refuses everything stops all requests and answers none.
@@ -177,7 +181,10 @@ def write_scorecard(plan: Plan) -> list[Path]:
     counts = put_rows(plan.result_file("outcomes.csv"), outcomes(plan), COLUMNS, KEY)
     frame = read_table(plan.name, plan.results)
     page = plan.result_file("scorecard.md")
-    write_text(page, render(frame, counts))
+    text = render(frame, counts)
+    if is_generated(plan.cfg):
+        text += "\n" + limits(plan, frame)
+    write_text(page, text)
     files = [page]
     for model in dict.fromkeys(frame["model"]):
         files.append(style.save(tradeoff(frame, model), plan.result_file(f"guards_{model}")))
