@@ -1,6 +1,6 @@
 """Check a policy, decide a prompt by it, or test whether a guard follows it.
 
-    python -m negtome.guard check   --policy P [--render]
+    python -m negtome.guard check   --policy P [--references FOLDER] [--render]
     python -m negtome.guard explain --policy P --guard G [--raw] -- "a photo of a vampire"
     python -m negtome.guard test    --policy P --guard G [--edits N] [--json FILE] [--audit FILE]
     python -m negtome.guard audit   FILE [--head HASH]
@@ -34,8 +34,10 @@ from negtome.guard import testing
 from negtome.guard.audit import START, Audit, check_chain
 from negtome.guard.chat import Endpoint, Local, about_tokens
 from negtome.guard.keyword import Keyword
-from negtome.guard.policy import ACTIONS, read_policy
+from negtome.guard.lint import lint
+from negtome.guard.policy import ACTIONS, Policy, read_policy
 from negtome.guard.queue import DECISIONS, STATES, Queue
+from negtome.guard.references import References, read_references
 from negtome.guard.verdict import Guard, GuardError, check_text, decide, guard_errors
 
 #: Exit codes of verdicts.
@@ -51,8 +53,11 @@ SHOWN = 10
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Print a summary of a policy, its length and advice."""
+    """Print a summary of a policy and its reference images, with advice; errors end with 2."""
     policy = read_policy(arguments.policy)
+    references = None
+    if arguments.references:
+        references = read_references(arguments.references, [clause.asset for clause in policy.clauses])
     text = policy.render()
     if arguments.render:
         print(_escape(text), end="")
@@ -70,14 +75,36 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"rendered    {len(text.split())} words, about {tokens} tokens")
     for clause in policy.clauses:
         print(f"  {_line(policy.criterion(clause.id))}")
-    if bare := [clause.id for clause in policy.clauses if not (clause.violates and clause.allowed)]:
-        print(f"advice: {', '.join(bare)} without examples of both kinds: nothing tests them")
-    cited = {name for example in policy.examples for name in example.clauses}
-    if untested := [exception.id for exception in policy.exceptions if exception.id not in cited]:
-        print(f"advice: {', '.join(untested)} without an example under the policy's examples: nothing tests them")
+    if references is not None:
+        _print_references(references)
+    report = lint(policy, references)
+    for advice in (*_untested(policy), *report.advice):
+        print(f"advice: {_line(advice)}")
     if tokens > READ_BEST:
         print(f"advice: models read policies of up to {READ_BEST} tokens best: split it, or drop examples")
-    return 0
+    for error in report.errors:
+        print(f"error: {_line(error)}", file=sys.stderr)
+    return 2 if report.errors else 0
+
+
+def _print_references(references: References) -> None:
+    print(f"references  {references.folder}")
+    for name, files in references.images.items():
+        own = f", {len(references.scoring[name])} of them in scoring/" if references.is_split else ""
+        print(f"  {_line(name)}: {len(files)} images{own}")
+    if references.held_out:
+        print(f"  held_out: {len(references.held_out)} images")
+
+
+def _untested(policy: Policy) -> list[str]:
+    """Return advice on the clauses and exceptions that no example tests."""
+    advice = []
+    if bare := [clause.id for clause in policy.clauses if not (clause.violates and clause.allowed)]:
+        advice.append(f"{', '.join(bare)} without examples of both kinds: nothing tests them")
+    cited = {name for example in policy.examples for name in example.clauses}
+    if untested := [exception.id for exception in policy.exceptions if exception.id not in cited]:
+        advice.append(f"{', '.join(untested)} without an example under the policy's examples: nothing tests them")
+    return advice
 
 
 def explain(arguments: argparse.Namespace) -> int:
@@ -292,6 +319,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         part.set_defaults(run=run)
         part.add_argument("--policy", metavar="P", required=True, help="YAML file, see docs/safety.md")
         parts[run.__name__] = part
+    parts["check"].add_argument("--references", metavar="FOLDER", help="images of the concepts, see docs/own-policy.md")
     parts["check"].add_argument("--render", action="store_true", help="print only the system message")
     for part in (parts["explain"], parts["test"]):
         add_guard_options(part)
