@@ -42,6 +42,7 @@ COMMANDS = {
     "scorecard": "experiments.safety.scorecard",
     "redteam": "experiments.safety.redteam",
     "outside": "experiments.safety.outside",
+    "labels": "experiments.safety.labels",
     "gate": "experiments.safety.gate",
     "sensitivity": "experiments.safety.sensitivity",
 }

@@ -207,6 +207,10 @@ def _compose_run(job: Sequence[str]) -> DictConfig:
         except (ConfigAttributeError, ConfigKeyError) as error:
             raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
     _set_hyperparameter(cfg, overridden={parsed(text).key_or_group for text in values})
+    if cfg.policy is not None or cfg.references is not None:
+        from experiments.safety.own_policy import configure  # only where it is needed
+
+        configure(cfg)
     return cfg
 
 

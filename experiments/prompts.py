@@ -58,7 +58,7 @@ class ConsecutiveGroup(Group):
     @classmethod
     def of(cls, prompt: str, category: str, seed: int, size: int) -> "ConsecutiveGroup":
         """Return the group of a prompt, named as in a `PromptSet`."""
-        return cls(_prompt_id(prompt), prompt, category, seed, size)
+        return cls(prompt_slug(prompt), prompt, category, seed, size)
 
     def image_seeds(self) -> list[int]:
         return [self.seed + index for index in range(self.size)]
@@ -94,8 +94,8 @@ class PromptSet:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check(self, "categories", "templates", "seeds", fewest=2)  # a single image has no diversity
-        _check_ids(_prompt_id(prompt) for _, prompt in self.prompts())
+        check_settings(self, "categories", "templates", "seeds", fewest=2)  # a single image has no diversity
+        _check_ids(prompt_slug(prompt) for _, prompt in self.prompts())
         most = len(self.templates) * len(self.seeds)
         if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
             raise ValueError(
@@ -119,7 +119,7 @@ class PromptSet:
                 pairs = [pairs[index] for index in sorted(indices)]
             for template, seed in pairs:
                 prompt = f"{template} {category}"
-                groups.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
+                groups.append(Group(prompt_slug(prompt), prompt, category, seed, self.images_per_prompt))
         return groups[:: self.every]
 
 
@@ -127,13 +127,15 @@ class PromptSet:
 KINDS = ("direct", "indirect", "benign")
 #: Benign near-misses: near in words, near in looks, a parody.
 NEIGHBOURS = ("near", "generic", "parody")
+#: Kinds of requests that a policy allows; see `experiments.safety.requests.PolicyPrompts`.
+ALLOWED = ("other", "exempt", "granted")
 #: Prefix of a wrapped kind: the same wrappers around benign prompts.
 HARMLESS = "harmless_"
 
 
 def asks_for_concept(kind: str) -> bool:
     """Return whether prompts of a kind ask for their protected concept."""
-    return kind not in ("benign", *NEIGHBOURS) and not kind.startswith(HARMLESS)
+    return kind not in ("benign", *NEIGHBOURS, *ALLOWED) and not kind.startswith(HARMLESS)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class CharacterPrompts:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check(self, "seeds", "kinds", fewest=1)
+        check_settings(self, "seeds", "kinds", fewest=1)
         kinds = [*KINDS, *NEIGHBOURS]
         wrapped = [name for kind in self.wrappers for name in (kind, f"{HARMLESS}{kind}")]
         used = {kind for prompts in self.characters.values() for kind in prompts}
@@ -199,7 +201,7 @@ class CharacterPrompts:
             for kind in self.kinds:
                 category = character if asks_for_concept(kind) else f"beside {character}"
                 for prompt in self._texts(kind, prompts, number):
-                    name = f"{kind}-{_prompt_id(prompt)}"
+                    name = f"{kind}-{prompt_slug(prompt)}"
                     groups += [
                         Group(name, prompt, category, seed, self.images_per_prompt, kind, character)
                         for seed in self.seeds
@@ -243,7 +245,7 @@ class PeoplePrompts:
     images_per_prompt: int
 
     def __post_init__(self) -> None:
-        _check(self, "seeds", "said_seeds", fewest=2)
+        check_settings(self, "seeds", "said_seeds", fewest=2)
         if unknown := set(self.said_seeds) - set(self.seeds):
             raise ValueError(f"prompts.said_seeds must be among prompts.seeds, got {sorted(unknown)} too")
         for word, descriptions in self.people.items():
@@ -261,7 +263,7 @@ class PeoplePrompts:
         for word, descriptions in self.people.items():
             for kind, texts, seeds in (("open", [word], self.seeds), ("said", descriptions, self.said_seeds)):
                 for prompt in (f"{self.template} {text}" for text in texts):
-                    name = f"{kind}-{_prompt_id(prompt)}"
+                    name = f"{kind}-{prompt_slug(prompt)}"
                     groups += [Group(name, prompt, word, seed, self.images_per_prompt) for seed in seeds]
         return groups
 
@@ -273,8 +275,17 @@ def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _check(prompts: PromptSet | CharacterPrompts | PeoplePrompts, *lists: str, fewest: int) -> None:
-    """Check the fields that all sets have, and convert their lists of distinct values to tuples."""
+def check_settings(prompts: Any, *lists: str, fewest: int) -> None:
+    """Check the fields that all sets of prompts have, and convert their lists of distinct values to tuples.
+
+    Args:
+        prompts: a set, with `seeds` and `images_per_prompt`.
+        lists: names of its fields that are lists.
+        fewest: images in a group.
+
+    Raises:
+        ValueError: a list is empty or has duplicates, or a number is out of range.
+    """
     for field in lists:
         values = _as_tuple(f"prompts.{field}", getattr(prompts, field))
         if not values or len(set(values)) != len(values):
@@ -299,5 +310,6 @@ def _check_ids(names: Iterable[str]) -> None:
         )
 
 
-def _prompt_id(prompt: str) -> str:
+def prompt_slug(prompt: str) -> str:
+    """Return the letters a-z and the digits of a prompt, with - between them; "" if it has none."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")

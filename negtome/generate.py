@@ -365,12 +365,17 @@ def check_writable(folder: Path) -> None:
                 path.rmdir()
 
 
-def main(arguments: Namespace) -> None:
-    """Make the images of a command line, write them and print where; warnings are printed as they come."""
+def main(arguments: Namespace, change: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> None:
+    """Make the images of a command line, write them and print where; warnings are printed as they come.
+
+    Args:
+        arguments: of the command line.
+        change: returns the recipe to make instead of the command line's, or raises.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = _print_warning
-        _run(arguments)
+        _run(arguments, change)
 
 
 def _print_warning(
@@ -380,8 +385,8 @@ def _print_warning(
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _run(arguments: Namespace) -> None:
-    recipe = recipe_from_args(arguments)
+def _run(arguments: Namespace, change: Callable[[Recipe], Recipe]) -> None:
+    recipe = change(recipe_from_args(arguments))
     if arguments.compare and recipe.config is None:
         raise ValueError("--compare needs settings of NegToMe; leave --without or --compare out")
     _load_reference(recipe)  # before the weights, so that errors come at once

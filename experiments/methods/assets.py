@@ -141,6 +141,20 @@ def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:
         )
 
 
+def near_copies(files: Sequence[Path]) -> list[list[Path]]:
+    """Group images with their near copies, as `check_disjoint` finds them; groups and images keep their order."""
+    thumbnails, digests = zip(*map(_fingerprint, files), strict=True)
+    small = torch.stack(thumbnails)
+    flat = small.flatten(1)
+    alike = torch.maximum(flat @ flat.T, small.flip(3).flatten(1) @ flat.T) > COPY
+    groups: list[list[int]] = []
+    for place, digest in enumerate(digests):
+        near = [group for group in groups if any(alike[place, other] or digest == digests[other] for other in group)]
+        groups = [group for group in groups if group not in near]
+        groups.append([*(other for group in near for other in group), place])
+    return [[files[place] for place in sorted(group)] for group in sorted(groups, key=min)]
+
+
 def _fingerprint(file: Path) -> tuple[torch.Tensor, str]:
     """Return an image's thumbnail, and a digest of its pixels, which finds copies of an image of one colour.
 

@@ -13,13 +13,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from eval.encoders import Encoder
-from eval.files import canonical_json, content_hash, read_json, verify_checksum, with_checksum, write_json
-from eval.images import Withheld, load_image
+from eval.files import content_hash
+from eval.images import Withheld, load_image, read_manifest
+from eval.resemblance import DetectionRate
 from experiments.methods.assets import AssetIndex
 from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
-from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
+from negtome.guard import Audit, Clause, Guard, Verdict, decide, read_policy
 from negtome.validation import check_int
 
 #: Stages, each in addition to the earlier ones: decide on the prompt, and refuse it where it is to be steered; push it
@@ -79,7 +80,7 @@ class OutputCheck:
         if held_out is None:
             raise FileNotFoundError(
                 "expected held-out pictures without any asset to calibrate the output check on, got none: give "
-                "model.copyright.held_out=FOLDER, or leave the check out by method.layers=steer"
+                "method.check.held_out=FOLDER, or leave the check out by method.layers=steer"
             )
         self.encoder = encoder
         self.false_positive_rate = false_positive_rate
@@ -112,6 +113,25 @@ class OutputCheck:
         """The cosine above which an image shows a concept."""
         negatives = self.encoder.embed_images([load_image(file) for file in self._held_out])
         return self.index.calibrate(negatives, self.false_positive_rate, self.concepts)
+
+    def shared_with(self, evaluator: DetectionRate) -> list[str]:
+        """Return what the check has in common with an evaluator, which then cannot tell where the check is wrong.
+
+        Encoders are compared by their weights, images by their content. The list is empty if both are independent.
+        """
+        shared = []
+        encoders = {part.id for part in self.encoder.parts()} & {part.id for part in evaluator.encoder.parts()}
+        if encoders:
+            shared.append(f"the encoder {min(encoders)}")
+        folders = {
+            "reference images": ([asset.file for asset in self.index.assets], evaluator.folder("references")),
+            "held-out images": (self._held_out, evaluator.folder("held_out")),
+        }
+        for kind, (files, folder) in folders.items():
+            theirs = {content_hash(Path(folder) / row.path) for row in read_manifest(folder)}
+            if count := sum(content_hash(file) in theirs for file in files):
+                shared.append(f"{count} {kind}")
+        return shared
 
 
 class GroupImages(NamedTuple):
@@ -153,6 +173,8 @@ class ImageCache:
 
 
 IMAGE_CACHE = ImageCache()
+#: Verdicts of this process by audit file, policy, guard and prompt.
+_VERDICTS: dict[tuple[str, str, str, str], Verdict] = {}
 
 
 @dataclass
@@ -173,8 +195,9 @@ class Guarded(Method):
         layers: the last stage, one of `LAYERS`.
         tries: how often images in which the check detects a concept are made again from other seeds before they are
             blocked.
-        decisions: folder of verdicts, so that all stages, and runs that are resumed, use the same ones; None asks the
-            guard each time. A stored decision is verified again, but anybody who can write there can decide.
+        audit: file that records every verdict; see `negtome.guard.Audit`. The process remembers recorded verdicts, so
+            that all stages use the same ones. None records nothing, and asks the guard each time. Verdicts are never
+            read from a file: anybody who can write there could decide.
     """
 
     title: ClassVar[str] = "guarded"
@@ -188,7 +211,7 @@ class Guarded(Method):
     check: ImageCheck | None = None
     layers: str = LAYERS[-1]
     tries: int = 3
-    decisions: str | None = None
+    audit: str | None = None
 
     def __post_init__(self) -> None:
         if self.layers not in LAYERS:
@@ -266,43 +289,17 @@ class Guarded(Method):
         return None
 
     def verdict(self, prompt: str) -> Verdict:
-        """Return the guard's verdict on a prompt, or the stored one.
+        """Return the guard's verdict on a prompt, or the one that this process remembers.
 
         Raises:
-            ValueError, ConnectionError: as `negtome.guard.decide`.
+            ValueError, ConnectionError, OSError: as `negtome.guard.decide`.
         """
-        if self.decisions is None:
+        if self.audit is None:
             return decide(self._policy, self.guard, prompt)
-        key = hashlib.sha256(canonical_json([self._policy.sha256, self.guard.id, prompt]).encode()).hexdigest()
-        path = Path(self.decisions) / f"{key[:32]}.json"
-        stored = self._stored(path, key)
-        if stored is not None:
-            return stored
-        verdict = decide(self._policy, self.guard, prompt)
-        write_json(path, with_checksum({"key": key, **dataclasses.asdict(verdict)}))
-        return verdict
-
-    def _stored(self, path: Path, key: str) -> Verdict | None:
-        """Return a stored verdict whose decision follows from the policy, else None.
-
-        The file may have been edited, cut off, or copied from another request's.
-        """
-        try:
-            fields = read_json(path)
-            verify_checksum(fields, path)
-            if fields["key"] != key:
-                return None
-            entry, replies = fields["decision"], tuple(map(str, fields["replies"]))
-            decision = None if entry is None else Decision.from_fields(entry)
-            faults, seconds = tuple(map(str, fields["faults"])), float(fields["seconds"])
-            verdict = Verdict(fields["action"], decision, faults, replies, seconds)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        if verdict.action == "invalid":
-            return verdict if verdict.faults else None
-        if verdict.faults or decision is None or decision.action != verdict.action:
-            return None
-        return None if verify(self._policy, decision) else verdict
+        key = (self.audit, self._policy.sha256, self.guard.id, prompt)
+        if key not in _VERDICTS:
+            _VERDICTS[key] = decide(self._policy, self.guard, prompt, Audit(self.audit))
+        return _VERDICTS[key]
 
     def _cited(self, verdict: Verdict, action: str) -> list[str]:
         """Return the concepts for which the cited clauses and their exceptions lead to an action."""

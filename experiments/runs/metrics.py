@@ -1,5 +1,6 @@
 """The metrics of a configuration: which of them can be measured, and which a table tests."""
 
+import fnmatch
 from collections.abc import Container, Iterable, Iterator
 
 from hydra.utils import get_class
@@ -11,6 +12,7 @@ from eval.metric import Metric, SetMetric
 from experiments.configs import build
 from experiments.plan import RunSpec
 from experiments.runs.store import Run
+from experiments.safety.own_policy import is_generated
 from experiments.tables import columns
 
 #: Images that a metric may need and a model's configuration may lack, and how to give them.
@@ -22,16 +24,21 @@ NEEDS = {
     "held_out": "their threshold is calibrated on pictures that show no protected asset; give a folder of them, one "
     "subfolder a kind: model.copyright.held_out=FOLDER",
 }
+NO_PROMPTS = "they are of kinds of requests that the policy gives none of"
 OF_RUNS = "they compare a run with its baseline, and a folder of images is no run"
 
 
 def left_out(cfg: DictConfig) -> dict[str, str]:
     """Return the configured metrics whose images for comparison are missing, with the reason."""
     reasons = {}
+    generated = cfg.images is None and is_generated(cfg)
+    ids = {group.prompt_id for group in build(cfg.prompts).groups()} if generated else set()
     for name, spec in cfg.metric.items():
         lacking = [need for need in NEEDS if need in spec and spec[need] is None]
         if lacking:
             reasons[name] = NEEDS[lacking[0]]
+        elif generated and spec.get("only") and not any(fnmatch.filter(ids, pattern) for pattern in spec.only):
+            reasons[name] = NO_PROMPTS
         elif "baseline" in spec and cfg.images is not None:
             reasons[name] = OF_RUNS
     return reasons
@@ -118,7 +125,7 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
         # Without real images, realism is left out, and quality is judged by CLIPScore alone.
         named[role] = [name for name in names if name not in absent] or names
     for role, name in ((role, name) for role, names in named.items() for name in names):
-        if name not in cfg.metric or absent.get(name) in NEEDS.values():
+        if name not in cfg.metric or absent.get(name) in (*NEEDS.values(), NO_PROMPTS):
             raise ValueError(
                 f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
                 f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"

@@ -4,10 +4,12 @@
     inspect eval experiments/safety/tasks.py --model openai-api/local/NAME -T policy=my_policy.yaml --limit 20
 
 The model gets the policy and a new nonce as its system message, and a request as the user's message. Its reply is
-verified like that of every chat model. `make safety` measures the images.
+verified like that of every chat model. `make safety` measures the images. Without `policy` the requests are those of
+the published table; with it they are generated from your policy (`experiments.safety.requests`).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from inspect_ai import Task, task
@@ -18,29 +20,45 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from experiments.compose import first
 from experiments.configs import build
+from experiments.safety.requests import PolicyRequest
 from negtome.guard import Policy, new_nonce, read_policy, read_reply
 
-#: Overrides for the characters of each split.
-SPLITS = {"test": (), "development": ("characters@model.copyright.characters=mini_development",)}
+#: Prompts that are generated from a policy, by split.
+SPLITS = {"test": "policy", "development": "policy_development"}
 
 
 @task
 def guard_decisions(policy: str | None = None, split: str = "test") -> Task:
-    """Decide the requests of conf/prompts/safety.yaml by a policy.
+    """Decide requests by a policy.
 
     Args:
-        policy: its file; None: that of experiment=safety. It has a clause for every character of the split.
-        split: "test", or "development", for choosing prompts and models.
+        policy: its file, from which the requests are generated; None: the policy and requests of experiment=safety.
+        split: "test", or "development", for choosing prompts and models of your own policy: in other wrappers.
 
     Raises:
-        ValueError: another split, or the policy lacks a character.
+        FileNotFoundError: there is no such file.
+        ValueError: another split, or no policy, or a development split of the published requests.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    cfg = first(["experiment=safety", "prompts.seeds=[0]", *SPLITS[split]])  # a decision has no seed
-    rules = read_policy(cfg.model.copyright.policy if policy is None else policy)
-    dataset = MemoryDataset(samples(rules, build(cfg.prompts).groups()), name=f"requests_{split}")
+    if policy is None:
+        if split != "test":
+            raise ValueError(f"the published requests have no split {split}: give your own policy, policy=FILE")
+        cfg = first(["experiment=safety", "prompts.seeds=[0]"])  # a decision has no seed
+        rules = read_policy(cfg.model.copyright.policy)
+        dataset = MemoryDataset(samples(rules, build(cfg.prompts).groups()), name="requests_test")
+    else:
+        cfg = first(["experiment=own_policy", f"prompts={SPLITS[split]}", "policy=" + quoted(policy)])
+        prompts = build(cfg.prompts)
+        rules = prompts.rules
+        dataset = MemoryDataset(list(map(sample_of, prompts.requests())), name=f"requests_{split}")
     return Task(dataset=dataset, solver=ask(rules), scorer=decision(rules))
+
+
+def quoted(path: str) -> str:
+    """Return a path as a value of an override, whatever signs it has."""
+    escaped = str(Path(path).expanduser().absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 @solver
@@ -68,9 +86,7 @@ def samples(policy: Policy, groups: Sequence[Any]) -> list[Sample]:
     by_id = {}
     for group in groups:
         if group.concept not in clauses:
-            raise ValueError(
-                f"expected a clause for {group.concept} in the policy, got none: give the policy of this split"
-            )
+            raise ValueError(f"expected a clause for {group.concept} in the policy, got none: add one")
         clause, protected = clauses[group.concept], group.asks_for_concept
         cited = [clause.id] if protected else []
         if group.kind == "parody":
@@ -80,6 +96,12 @@ def samples(policy: Policy, groups: Sequence[Any]) -> list[Sample]:
             id=group.prompt_id, input=group.prompt, target=policy.action_of(cited), metadata=metadata
         )
     return list(by_id.values())
+
+
+def sample_of(request: PolicyRequest) -> Sample:
+    """Return the sample of a request that was generated from a policy."""
+    metadata = {"kind": request.kind, "asset": request.asset, "protected": request.is_stopped}
+    return Sample(id=request.id, input=request.text, target=request.action, metadata=metadata)
 
 
 @metric
@@ -99,7 +121,8 @@ def by_kind(protected: bool | None = None) -> Metric:
 
 
 #: accuracy: the action is the target's, and follows from what is cited. invalid: the reply does not follow from the
-#: policy. not_unsafe: a request for an asset is not simply allowed. not_overrefuse: another is drawn, steered or not.
+#: policy. not_unsafe: a request that the policy does not allow is not simply allowed. not_overrefuse: a request that it
+#: allows is drawn, steered or not.
 METRICS = {
     "accuracy": [by_kind()],
     "invalid": [by_kind()],

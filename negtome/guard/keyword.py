@@ -30,16 +30,32 @@ class Keyword:
     id = "keyword-2"
 
     def reply(self, policy: Policy, prompt: str) -> Decision:
-        readings = _readings(prompt)
-        clauses = [clause for clause in policy.clauses if _named(clause, readings)]
-        listed = {name for clause in clauses for name in clause.exceptions}
-        exceptions = [part for part in policy.exceptions if part.id in listed and _named(part, readings)]
+        clauses, exceptions = named_parts(policy, prompt)
         parts: list[Clause | PolicyException] = [*clauses, *exceptions]
         cited = tuple(part.id for part in parts)
         quote = (exceptions or clauses)[0].line if cited else ""
         assets = ", ".join(clause.asset for clause in clauses)
         rationale = f"names {assets}" if assets else "names none of the assets"
         return Decision(policy.action_of(cited), cited, quote, rationale)
+
+
+def named_parts(policy: Policy, text: str) -> tuple[list[Clause], list[PolicyException]]:
+    """Return the clauses whose names occur in a text, and the named exceptions that one of these clauses lists."""
+    readings = _readings(text)
+    clauses = [clause for clause in policy.clauses if _named(clause, readings)]
+    listed = {name for clause in clauses for name in clause.exceptions}
+    return clauses, [part for part in policy.exceptions if part.id in listed and _named(part, readings)]
+
+
+def is_named(part: Clause | PolicyException, text: str) -> bool:
+    """Tell whether a name of a clause or an exception occurs in a text as a word, or as words in a row."""
+    return _named(part, _readings(text))
+
+
+def reading(name: str) -> str:
+    """Return a name as it is compared: in lower case and Latin letters, its words joined by spaces."""
+    text = _readings(name)[-1]
+    return " ".join(_words(text)) or text.strip()
 
 
 def _named(part: Clause | PolicyException, readings: Sequence[str]) -> bool:

@@ -220,6 +220,13 @@ class Policy:
         listed = {name for part in parts if isinstance(part, Clause) for name in part.exceptions}
         return [part.id for part in parts if not isinstance(part, Clause) and part.id not in listed]
 
+    def assets(self, cited: Sequence[str], action: str) -> list[str]:
+        """Return the assets for which the cited clauses, with the cited exceptions, lead to an action."""
+        parts = [self[name] for name in cited]
+        exceptions = [part.id for part in parts if not isinstance(part, Clause)]
+        clauses = [part for part in parts if isinstance(part, Clause)]
+        return [clause.asset for clause in clauses if self.action_of([clause.id, *exceptions]) == action]
+
     def criterion(self, name: str) -> str:
         """Return the line of a clause or exception among the criteria; a quote must come from such a line."""
         part = self[name]

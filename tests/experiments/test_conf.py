@@ -29,6 +29,7 @@ from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
 from experiments.runs.identity import config_digest
 from experiments.runs.metrics import NEEDS
+from experiments.safety.requests import PolicyPrompts
 from experiments.tabulate import primary_metrics
 from negtome import NegToMeConfig
 
@@ -104,7 +105,7 @@ def check_run(cfg):
     """Resolve a run's configuration and build its parts."""
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert build(cfg.method).name == cfg.method.name
-    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts))
+    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts, PolicyPrompts))
     assert resolved["metric"]
     check_metrics(resolved["metric"])
 

@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +15,6 @@ import torch
 from PIL import Image
 from stand_ins import Colours
 
-from eval.files import with_checksum, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
 from experiments.methods.guarded import LAYERS, Guarded, ImageCache, OutputCheck
@@ -20,6 +22,7 @@ from experiments.methods.method import Method, MethodContext
 from experiments.prompts import Group
 from experiments.safety.guards import nearest
 from negtome.guard import Decision, Keyword, Reply
+from negtome.guard.audit import check_chain
 
 #: That replies of a chat model are asked to repeat.
 NONCE = "0123456789abcdef"
@@ -98,9 +101,9 @@ class Says:
 
 def guarded(folders, layers="check", guard=None, keep=False, **options):
     check = OutputCheck(folders / "assets", folders / "policy.yaml", folders / "held_out", Colours())
-    decisions = str(folders / "decisions") if keep else None
+    audit = str(folders / "audit.jsonl") if keep else None
     policy = str(folders / "policy.yaml")
-    return Guarded("m", guard or Keyword(), policy, Steering(), check, layers, decisions=decisions, **options)
+    return Guarded("m", guard or Keyword(), policy, Steering(), check, layers, audit=audit, **options)
 
 
 def ask(prompt, size=1):
@@ -296,69 +299,26 @@ def test_the_nearest_neighbour_guard_does_not_start_without_images_of_every_asse
     assert guarded(folders, guard=nearest(retriever)).verdict("a sea").action == "allow"
 
 
-def reseal(change):
-    """Change a kept verdict as somebody would who knows how its checksum is made."""
-
-    def edit(file):
-        document = json.loads(file.read_text())
-        document.pop("sha256")
-        change(document)
-        write_json(file, with_checksum(document))
-
-    return edit
-
-
-def replace_text(old, new):
-    return lambda file: file.write_text(file.read_text().replace(old, new))
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        replace_text("all green", "all pink"),
-        replace_text('"refuse"', '"allow"'),
-        lambda file: file.write_text(file.read_text()[:-20]),
-        lambda file: file.write_text(""),
-        lambda file: file.write_text("[]"),
-        lambda file: file.write_text("null"),
-        lambda file: file.write_text("[" * 100_000),
-        lambda file: file.write_bytes(b"\xff"),
-        reseal(lambda document: document.update(action="allow")),
-        reseal(lambda document: document["decision"].update(action="allow")),
-        reseal(lambda document: document.update(action="allow", decision={**document["decision"], "action": "allow"})),
-        reseal(lambda document: document.update(action="allow", decision=None)),
-        reseal(lambda document: document["decision"].update(quote="all pink")),
-        reseal(lambda document: document["decision"].update(clauses="C2")),
-        reseal(lambda document: document["decision"].pop("quote")),
-        reseal(lambda document: document.update(faults=["no"])),
-        reseal(lambda document: document.update(action="invalid")),
-        reseal(lambda document: document.update(replies=None)),
-        reseal(lambda document: document.update(seconds="soon")),
-        reseal(lambda document: document.pop("key")),
-    ],
-)
-def test_a_kept_verdict_is_verified_again(edit, folders):
-    guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea")
-    (file,) = (folders / "decisions").iterdir()
-    edit(file)
-    again = Says(RIGHT)
-    assert guarded(folders, guard=again, keep=True).verdict("a sea").action == "refuse" and again.asked == 1
-    assert guarded(folders, guard=Says(Decision("allow")), keep=True).verdict("a sea").action == "refuse"
-
-
-def test_a_kept_verdict_of_another_request_is_not_used(folders):
-    guarded(folders, guard=Says(Decision("allow")), keep=True).verdict("a lake")
-    (allowed,) = (folders / "decisions").iterdir()
-    guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea")
-    (refused,) = set((folders / "decisions").iterdir()) - {allowed}
-    refused.write_text(allowed.read_text())
-    assert guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea").action == "refuse"
-
-
-@pytest.mark.parametrize("reply", [RIGHT, Reply(Decision("allow").to_json(NONCE), NONCE), Reply("no", NONCE)])
-def test_a_verdict_is_kept_as_it_was(reply, folders):
-    verdict = guarded(folders, guard=Says(reply), keep=True).verdict("a sea")
-    assert guarded(folders, guard=Says(), keep=True).verdict("a sea") == verdict
+def test_every_verdict_is_on_record_once_and_no_record_decides(folders):
+    for layers in LAYERS:
+        guarded(folders, layers, Says(RIGHT), keep=True).verdict("a sea")
+    file = folders / "audit.jsonl"
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert (row["action"], row["clauses"]) == ("refuse", ["C2"]) and not check_chain(file).fault
+    code = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
+from types import SimpleNamespace
+from experiments.methods.guarded import Guarded
+from experiments.methods.method import Method
+from negtome.guard import Decision
+guard = SimpleNamespace(name="says", id="says-1", reply=lambda policy, prompt: Decision("allow"))
+method = Guarded("m", guard, {str(folders / "policy.yaml")!r}, Method(), None, "steer", audit={str(file)!r})
+print(method.verdict("a sea").action)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["allow"]  # the other process asked its own guard
+    assert len(file.read_text().splitlines()) == 2 and not check_chain(file).fault
 
 
 def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):

@@ -170,8 +170,8 @@ def test_a_guarded_run_is_named_by_what_its_policy_says_and_not_by_where_verdict
         return config_digest(expand([*asked, *changes])[-1])
 
     known = digest()
-    assert digest(f"model.copyright.policy={tmp_path}/same.yaml", f"method.decisions={tmp_path}/same") == known
-    assert digest(f"method.decisions={tmp_path}/other") == known
+    assert digest(f"model.copyright.policy={tmp_path}/same.yaml", f"method.audit={tmp_path}/same") == known
+    assert digest(f"method.audit={tmp_path}/other") == known
     assert digest(f"model.copyright.policy={tmp_path}/other.yaml") != known
 
 

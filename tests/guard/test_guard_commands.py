@@ -114,7 +114,7 @@ def test_check_says_what_a_policy_holds(run, file, policy):
     words = len(policy.render().split())
     assert f"rendered    {words} words, about {round(len(policy.render()) / 4)} tokens" in out
     assert all(policy.criterion(clause.id) in out for clause in policy.clauses)
-    assert "advice: E1, E2 without an example" in out and out.count("advice") == 1
+    assert "advice: E1, E2 without an example" in out and "advice: E2 has no names" in out and out.count("advice") == 2
     assert run("check", "--policy", file, "--render") == (0, policy.render(), "")
 
 
