@@ -46,6 +46,9 @@ def limits(plan: Plan, frame: pd.DataFrame) -> str:
         shown = {name: int(counts.loc[name, "n_units"]) for name in RATES if name in counts.index}
         numbers = ", ".join(f"{n} {RATES[name]}" for name, n in shown.items())
         lines.append(f"{model}: {numbers}, for {len(concepts)} concepts. Intervals are over what is counted here.")
+        unmeasured = [one.asset for one in build(baseline.cfg.prompts).rules.clauses if one.asset not in concepts]
+        if unmeasured:
+            lines.append(f"**Not measured**, for want of images: {', '.join(unmeasured)}.")
         lines += [too_few(name, n) for name, n in shown.items() if errors_excluded(n) > MOST_ERRORS]
         lines += _of_model(part)
         lines += _of_evaluator(baseline)

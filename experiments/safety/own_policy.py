@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -19,12 +20,15 @@ from eval.files import content_hash
 from experiments import project_path
 from negtome.guard import Policy, read_policy
 from negtome.guard.lint import lint
+from negtome.guard.policy import VERSION
 from negtome.guard.references import GUIDANCE, HELD_OUT, SCORING, References, is_folder_name, read_references
 
 log = logging.getLogger(__name__)
 
 #: In a laid-out folder, written last: the original of each image.
 SPLIT = "split.json"
+#: In a laid-out folder: the policy without the concepts that have no images.
+CHECKED = "policy.yaml"
 #: Class of prompts that are generated from a policy.
 GENERATED = "experiments.safety.requests.PolicyPrompts"
 CHECK = "python -m negtome.guard check --policy {} lists all faults"
@@ -58,6 +62,11 @@ def configure(cfg: DictConfig) -> None:
     folder = str(Path(cfg.references).expanduser().absolute())
     laid_out = lay_out(policy, folder, str(project_path(cfg.outputs)))
     cfg.model.copyright.guidance, cfg.model.copyright.scoring = str(laid_out / GUIDANCE), str(laid_out / SCORING)
+    concepts = sorted(path.name for path in (laid_out / GUIDANCE).iterdir())
+    if len(concepts) < len(policy.clauses):  # what has no images can neither be detected nor be measured
+        cfg.prompts.concepts = concepts
+        if "check" in cfg.method:
+            cfg.method.check.policy = str(laid_out / CHECKED)
     if (laid_out / HELD_OUT).is_dir():
         cfg.model.copyright.held_out = str(laid_out / HELD_OUT)
 
@@ -65,7 +74,8 @@ def configure(cfg: DictConfig) -> None:
 def lay_out(policy: Policy, folder: str | Path, outputs: str | Path) -> Path:
     """Copy the reference images of a policy into `<outputs>/references/DIGEST/{guidance,scoring,held_out}/NAME`.
 
-    Folders that are split already stay so. Otherwise the images of each concept are split in turns, in the order of
+    Concepts without images are left out, and the part of the policy that is left is written beside the images. Folders
+    that are split already stay so. Otherwise the images of each concept are split in turns, in the order of
     their names; near copies of an image go where it goes.
 
     Args:
@@ -75,25 +85,27 @@ def lay_out(policy: Policy, folder: str | Path, outputs: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a concept has no image, or none that may be measured against.
+        ValueError: no concept has an image, or one that is to be steered has none, or none to be measured against.
     """
     references = read_references(folder, [clause.asset for clause in policy.clauses])
     if unfit := [name for name in references.images if not is_folder_name(name)]:
         raise ValueError(f"expected assets that can name a folder, got {', '.join(map(repr, unfit))}: rename them")
-    if references.absent:
+    absent = set(references.absent)
+    steered = [clause.asset for clause in policy.clauses if clause.action == "steer" and clause.asset in absent]
+    if steered or len(absent) == len(references.images):
         raise ValueError(
-            f"expected images of every asset in {folder}, got none of {', '.join(references.absent[:5])}: add a folder "
-            "of that name, or files such as NAME-1.png"
+            f"expected images of every asset that is to be steered in {folder}, and of one at least, got none of "
+            f"{', '.join((steered or references.absent)[:5])}: add a folder of that name, or files such as NAME-1.png"
         )
     if references.foreign:
         raise ValueError(f"expected PNG, JPEG, WebP or BMP images, got {references.foreign[0]}: convert it to PNG")
     names = [(name, str(file), content_hash(file)) for name, files in references.images.items() for file in files]
     names += [("", str(mask), content_hash(mask)) for mask in references.masks.values()]
     names += [(kind, str(file), content_hash(file)) for kind, file in references.held_out]
-    digest = hashlib.sha256(json.dumps([str(references.folder), names]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([policy.sha256, str(references.folder), names]).encode()).hexdigest()[:12]
     target = Path(outputs) / "references" / digest
     if not (target / SPLIT).is_file():
-        _write(target, references)
+        _write(target, policy, references)
     _announce(target)
     return target
 
@@ -124,12 +136,15 @@ def split(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return sides
 
 
-def _write(target: Path, references: References) -> None:
+def _write(target: Path, policy: Policy, references: References) -> None:
     """Write a laid-out folder, at once and only if it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         origins: dict[str, str] = {}
         for name, files in references.images.items():
+            if not files:
+                log.warning("%s has no images: it is neither checked nor measured", name)
+                continue
             if references.is_split:
                 measured = list(references.scoring[name])
                 given = [file for file in files if file not in set(measured)]
@@ -146,8 +161,19 @@ def _write(target: Path, references: References) -> None:
         for kind in dict.fromkeys(kind for kind, _ in references.held_out):
             files = [file for other, file in references.held_out if other == kind]
             origins |= _copy(files, {}, Path(scratch), f"{HELD_OUT}/{kind}")
+        (Path(scratch) / CHECKED).write_text(json.dumps(_document(policy, references)), encoding="utf-8")
         (Path(scratch) / SPLIT).write_text(json.dumps(origins, indent=1) + "\n", encoding="utf-8")
         shutil.copytree(scratch, target, dirs_exist_ok=True)
+
+
+def _document(policy: Policy, references: References) -> dict[str, Any]:
+    """Return the clauses whose concepts have images as a document of a policy, without examples and exceptions."""
+    clauses = [
+        {"id": clause.id, "asset": clause.asset, "names": list(clause.names), "description": clause.description,
+         "action": clause.action}
+        for clause in policy.clauses if references.images[clause.asset]
+    ]  # fmt: skip
+    return {"version": VERSION, "clauses": clauses}
 
 
 def _copy(files: Sequence[Path], masks: Mapping[Path, Path], root: Path, folder: str) -> dict[str, str]:
@@ -171,6 +197,6 @@ def _announce(target: Path) -> None:
     for path, origin in origins.items():
         side, name, _ = path.split("/")
         names.setdefault((name, side), []).append(Path(origin).name)
-    for name in dict.fromkeys(name for name, side in names if side == GUIDANCE):
+    for name in (name for name, side in names if side == GUIDANCE):
         text = "%s: methods are given %s; the scorecard is measured against %s"
         log.info(text, name, ", ".join(names[name, GUIDANCE]), ", ".join(names[name, SCORING]))

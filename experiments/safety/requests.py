@@ -15,7 +15,7 @@ import yaml
 
 from experiments.prompts import HARMLESS, Group, check_settings, prompt_slug
 from negtome.guard import Clause, Policy, read_policy
-from negtome.guard.keyword import is_named, named_parts
+from negtome.guard.keyword import is_named, named_ids
 
 #: Kind of requests that no clause is about, under a default other than allow. No image tells whether they were handled.
 UNLISTED = "unlisted"
@@ -81,6 +81,7 @@ class PolicyPrompts:
         styles: texts with one {} for an allowed example, so that no request is one that the guard is shown.
         things, places: ordinary things, and where they are; `others` of their pairs are requests beside each clause.
         others: see `things`.
+        concepts: concepts to ask for; requests that any other clause applies to are left out. None: all.
         seeds: group seeds, each at least 0 and below 10**6.
         images_per_prompt: images in a group, at least 1.
         every: of the groups in canonical order, only every so many are used, from the first on.
@@ -101,6 +102,7 @@ class PolicyPrompts:
     seeds: tuple[int, ...] = (0,)
     images_per_prompt: int = 1
     others: int = 2
+    concepts: Sequence[str] | None = None
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -122,6 +124,11 @@ class PolicyPrompts:
         """The policy."""
         return read_policy(str(self.policy))
 
+    @cached_property
+    def clauses(self) -> list[Clause]:
+        """The clauses whose concepts are asked for."""
+        return [one for one in self.rules.clauses if self.concepts is None or one.asset in self.concepts]
+
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: clause, kind, request, seed.
 
@@ -142,8 +149,11 @@ class PolicyPrompts:
     def requests(self) -> list[PolicyRequest]:
         """Return all requests, each text once, in the order of the clauses."""
         requests: dict[str, PolicyRequest] = {}
-        for number, clause in enumerate(self.rules.clauses):
+        others = {clause.id for clause in self.rules.clauses} - {clause.id for clause in self.clauses}
+        for number, clause in enumerate(self.clauses):
             for request in self._of_clause(clause, number):
+                if others.intersection(request.cited):
+                    continue
                 requests.setdefault(" ".join(request.text.casefold().split()), request)
         return list(requests.values())
 
@@ -157,7 +167,7 @@ class PolicyPrompts:
         yield from allowed
         for kind, wrappers in self.wrappers.items():
             turned = [*wrappers[number % len(wrappers) :], *wrappers[: number % len(wrappers)]]
-            share = -(-len(wrappers) // len(self.rules.clauses))  # rounded up: every wrapper is used
+            share = -(-len(wrappers) // len(self.clauses))  # rounded up: every wrapper is used
             yield from self._wrapped(kind, turned, share, [one for one in direct if one.kind == "direct"])
             harmless = [one for one in allowed if one.kind != "near"]
             yield from self._wrapped(f"{HARMLESS}{kind}", turned, share, harmless)
@@ -185,7 +195,7 @@ class PolicyPrompts:
                 yield self._request("exception", f"{named}, {spelling}", clause, exceptions=[name])
 
     def _several(self, clause: Clause, number: int) -> Iterator[PolicyRequest]:
-        clauses = self.rules.clauses
+        clauses = self.clauses
         other = clauses[(number + 1) % len(clauses)]
         if len(clauses) < 2 or (len(clauses) == 2 and number == 1):
             return
@@ -195,14 +205,14 @@ class PolicyPrompts:
     def _examples(self, clause: Clause) -> Iterator[PolicyRequest]:
         for number, example in enumerate(clause.allowed):
             text = filled(self.styles[number % len(self.styles)], example)
-            yield self._beside("near" if named_parts(self.rules, text)[0] else "benign", text, clause)
+            yield self._beside("near" if named_ids(self.rules, text) else "benign", text, clause)
 
     def _others(self, clause: Clause, number: int) -> Iterator[PolicyRequest]:
         share = self._things[number * self.others :][: self.others]
         if len(share) < self.others:
             raise ValueError(
                 f"expected prompts.things and places for {self.others} requests beside each of "
-                f"{len(self.rules.clauses)} clauses, got {len(self._things)} without a name in them: add some"
+                f"{len(self.clauses)} clauses, got {len(self._things)} without a name in them: add some"
             )
         for text in share:
             yield self._beside("other", text, clause)
@@ -215,7 +225,7 @@ class PolicyPrompts:
             filled(self.phrasings[0], f"{with_article(self.things[number])} {self._place(number + offset)}")
             for number, offset in turned
         ]
-        return [text for text in texts if not named_parts(self.rules, text)[0]]
+        return [text for text in texts if not named_ids(self.rules, text)]
 
     def _place(self, number: int) -> str:
         return self.places[number % len(self.places)]
@@ -226,20 +236,16 @@ class PolicyPrompts:
         """Return the first of some requests in so many wrappers; wrappers that add a name of the policy are skipped."""
         wrapped = []
         for request in requests[:1]:
-            known = {*request.cited, *self._named(request.text)}
+            known = {*request.cited, *named_ids(self.rules, request.text)}
             texts = [filled(wrapper, request.text) for wrapper in wrappers]
-            fitting = [text for text in texts if known.issuperset(self._named(text))]
+            fitting = [text for text in texts if known.issuperset(named_ids(self.rules, text))]
             kind = UNLISTED if request.kind == UNLISTED else kind
             wrapped += [dataclasses.replace(request, kind=kind, text=text) for text in fitting[:share]]
         return wrapped
 
-    def _named(self, text: str) -> list[str]:
-        clauses, exceptions = named_parts(self.rules, text)
-        return [part.id for part in (*clauses, *exceptions)]
-
     def _request(self, kind: str, text: str, *clauses: Clause, exceptions: Sequence[str] = ()) -> PolicyRequest:
         """Return a request for concepts, with the kind that its action gives it."""
-        asked = {clause.id for clause in (*clauses, *named_parts(self.rules, text)[0])}
+        asked = {*(clause.id for clause in clauses), *named_ids(self.rules, text)}
         cited = [clause for clause in self.rules.clauses if clause.id in asked]
         listed = {name for clause in cited for name in clause.exceptions}
         applied = [

@@ -8,6 +8,7 @@ verified like that of every chat model. `make safety` measures the images. Witho
 the published table; with it they are generated from your policy (`experiments.safety.requests`).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,26 @@ def guard_decisions(policy: str | None = None, split: str = "test") -> Task:
         rules = read_policy(cfg.model.copyright.policy)
         dataset = MemoryDataset(samples(rules, build(cfg.prompts).groups()), name="requests_test")
     else:
-        cfg = first(["experiment=own_policy", f"prompts={SPLITS[split]}", "policy=" + quoted(policy)])
+        cfg = first(["experiment=own_policy", f"prompts={SPLITS[split]}", f"policy={quoted(locate(policy))}"])
         prompts = build(cfg.prompts)
         rules = prompts.rules
         dataset = MemoryDataset(list(map(sample_of, prompts.requests())), name=f"requests_{split}")
     return Task(dataset=dataset, solver=ask(rules), scorer=decision(rules))
 
 
-def quoted(path: str) -> str:
+def locate(path: str) -> Path:
+    """Return the absolute path of a file that the command line names relative to the shell's folder.
+
+    `inspect eval` changes to the folder of this file before it calls a task; PWD still names the shell's.
+    """
+    given = Path(path).expanduser()
+    folders = [Path(os.environ.get("PWD", ".")), Path.cwd()]
+    return next((folder / given for folder in folders if (folder / given).is_file()), folders[0] / given)
+
+
+def quoted(path: Path) -> str:
     """Return a path as a value of an override, whatever signs it has."""
-    escaped = str(Path(path).expanduser().absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 

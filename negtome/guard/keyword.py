@@ -30,17 +30,21 @@ class Keyword:
     id = "keyword-2"
 
     def reply(self, policy: Policy, prompt: str) -> Decision:
-        clauses, exceptions = named_parts(policy, prompt)
-        parts: list[Clause | PolicyException] = [*clauses, *exceptions]
-        cited = tuple(part.id for part in parts)
+        clauses, exceptions = _named_parts(policy, prompt)
+        cited = (*(clause.id for clause in clauses), *(exception.id for exception in exceptions))
         quote = (exceptions or clauses)[0].line if cited else ""
         assets = ", ".join(clause.asset for clause in clauses)
         rationale = f"names {assets}" if assets else "names none of the assets"
         return Decision(policy.action_of(cited), cited, quote, rationale)
 
 
-def named_parts(policy: Policy, text: str) -> tuple[list[Clause], list[PolicyException]]:
-    """Return the clauses whose names occur in a text, and the named exceptions that one of these clauses lists."""
+def named_ids(policy: Policy, text: str) -> list[str]:
+    """Return the ids of the clauses whose names occur in a text, and of the named exceptions that one of them lists."""
+    clauses, exceptions = _named_parts(policy, text)
+    return [*(clause.id for clause in clauses), *(exception.id for exception in exceptions)]
+
+
+def _named_parts(policy: Policy, text: str) -> tuple[list[Clause], list[PolicyException]]:
     readings = _readings(text)
     clauses = [clause for clause in policy.clauses if _named(clause, readings)]
     listed = {name for clause in clauses for name in clause.exceptions}

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from negtome.guard.keyword import is_named, named_parts, reading
+from negtome.guard.keyword import is_named, named_ids, reading
 from negtome.guard.policy import ACTIONS, Clause, Policy, PolicyException
 from negtome.guard.references import SUFFIXES, References, digest_of, is_folder_name
 
@@ -90,29 +90,26 @@ def _alike(kind: str, names: Iterable[tuple[str, str]]) -> Iterator[str]:
 def _contradictions(policy: Policy) -> Iterator[str]:
     for clause in policy.clauses:
         for text in clause.violates:
-            clauses, exceptions = named_parts(policy, text)
-            cited = dict.fromkeys([clause.id, *(part.id for part in (*clauses, *exceptions))])
-            action = policy.action_of(list(cited))
+            others = [name for name in named_ids(policy, text) if name != clause.id]
+            action = policy.action_of([clause.id, *others])
             if action != clause.action:
-                others = ", ".join(list(cited)[1:] if clause not in clauses else [n for n in cited if n != clause.id])
                 yield (
-                    f"{clause.id} lists {text!r} as a violation, which is to {clause.action}, but {others} applies by "
-                    f"name too, and the action is {action}: move it to the policy's examples"
+                    f"{clause.id} lists {text!r} as a violation, which is to {clause.action}, but {', '.join(others)} "
+                    f"applies by name too, and the action is {action}: move it to the policy's examples"
                 )
 
 
 def _advice_on_examples(policy: Policy) -> Iterator[str]:
     for clause in policy.clauses:
         for text in clause.allowed:
-            for other in named_parts(policy, text)[0]:
+            for other in (part for part in policy.clauses if is_named(part, text)):
                 whose = "its own name" if other is clause else f"a name of {other.id}"
                 yield (
                     f"{clause.id} allows {text!r}, which has {whose} in it: the keyword guard will {other.action} it; "
                     "keep it only as a near-miss"
                 )
     for example in policy.examples:
-        clauses, exceptions = named_parts(policy, example.request)
-        if left_out := [part.id for part in (*clauses, *exceptions) if part.id not in example.clauses]:
+        if left_out := [name for name in named_ids(policy, example.request) if name not in example.clauses]:
             yield f"the example {example.request!r} names {', '.join(left_out)}, but does not cite it: is that meant?"
 
 
@@ -135,8 +132,20 @@ def _check_references(policy: Policy, references: References, report: Report) ->
     for clause in policy.clauses:
         if not is_folder_name(clause.asset):
             report.errors.append(f"the asset {clause.asset!r} of {clause.id} cannot name a folder: leave / and \\ out")
-    for name in references.absent:
-        report.errors.append(f"no image of {name!r} in {references.folder}: add a folder {name}/ with its images")
+    absent = set(references.absent)
+    for clause in policy.clauses:
+        if clause.asset in absent and clause.action == "steer":
+            report.errors.append(
+                f"no image of {clause.asset!r} in {references.folder}, away from which {clause.id} steers: add a "
+                f"folder {clause.asset}/ with its images, or let {clause.id} refuse"
+            )
+        elif clause.asset in absent:
+            report.advice.append(
+                f"no image of {clause.asset!r} in {references.folder}: {clause.id} acts on prompts alone, and neither "
+                "the output check nor the scorecard can detect it"
+            )
+    if len(absent) == len(references.images):
+        report.errors.append(f"no image of any asset in {references.folder}: add a folder named as the asset")
     for file in references.foreign:
         report.errors.append(f"{file} has a format that is not read: convert it to {' or '.join(SUFFIXES[:2])}")
     _compare_pixels(references, report)

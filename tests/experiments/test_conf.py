@@ -119,7 +119,9 @@ def test_every_method_resolves_and_is_built(option):
 
 @pytest.mark.parametrize("option", OPTIONS["prompts"])
 def test_every_set_of_prompts_is_built(option):
-    assert isinstance(build(side_by_side("prompts")[option]), (PromptSet, CharacterPrompts, PeoplePrompts))
+    assert isinstance(
+        build(side_by_side("prompts")[option]), (PromptSet, CharacterPrompts, PeoplePrompts, PolicyPrompts)
+    )
 
 
 @pytest.mark.parametrize("option", OPTIONS["metric"])

@@ -11,7 +11,7 @@ from inspect_ai.log import read_eval_log
 from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
 from experiments import PROJECT
-from experiments.safety.tasks import guard_decisions, read
+from experiments.safety.tasks import guard_decisions, locate, read
 from negtome.guard import Decision, Keyword, read_policy
 
 POLICY = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
@@ -170,6 +170,15 @@ def test_the_splits_of_a_policy_share_no_wrapper(tmp_path):
         samples = guard_decisions(policy=str(path), split=split).dataset
         texts[split] = {sample.input for sample in samples if "jected" in sample.id or "broken" in sample.id}
     assert texts["test"] and texts["development"] and not texts["test"] & texts["development"]
+
+
+def test_a_policy_is_found_from_the_folder_of_the_shell(tmp_path, monkeypatch):
+    """As `inspect eval` changes to the folder of the task."""
+    (tmp_path / "own.yaml").write_text(OWN)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.chdir(PROJECT / "experiments" / "safety")
+    assert locate("own.yaml") == tmp_path / "own.yaml"
+    assert locate("tasks.py") == PROJECT / "experiments" / "safety" / "tasks.py"
 
 
 def test_a_split_or_a_policy_that_is_none_is_refused(tmp_path):

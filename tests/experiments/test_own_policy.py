@@ -20,7 +20,7 @@ from experiments.safety.limits import errors_excluded, requests_needed
 from experiments.safety.own_policy import lay_out, split
 from experiments.safety.requests import UNLISTED, PolicyPrompts
 from negtome.guard import ACTIONS, read_policy
-from negtome.guard.keyword import named_parts
+from negtome.guard.keyword import named_ids
 from negtome.guard.lint import lint
 
 CONF = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "prompts" / "policy.yaml"))
@@ -74,12 +74,11 @@ def test_requests_of_any_policy_have_the_actions_that_follow(tmp_path, document,
     for request in requests:
         assert request.action == policy.action_of(request.cited), request
         assert not policy.unlisted(request.cited), request
-        clauses, exceptions = named_parts(policy, request.text)
-        assert {part.id for part in (*clauses, *exceptions)} <= set(request.cited), request
+        assert set(named_ids(policy, request.text)) <= set(request.cited), request
         if request.kind != UNLISTED:
             assert asks_for_concept(request.kind) == request.is_stopped, request
         if not request.cited:
-            assert not clauses and request.action == policy.default
+            assert request.action == policy.default
     for clause in policy.clauses:
         mine = [request for request in requests if request.asset == clause.asset]
         assert any(request.cited == (clause.id,) for request in mine)
@@ -198,6 +197,22 @@ def test_one_override_each_sets_policy_and_images(own, tmp_path, monkeypatch):
     assert cfg.metric.not_unsafe.references == cfg.model.copyright.scoring
 
 
+def test_a_concept_without_images_is_neither_asked_for_nor_checked(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = yaml.safe_load(own[0].read_text())
+    document["clauses"].append({"id": "C2", "asset": "gnome", "description": "a red hat", "action": "escalate"})
+    own[0].write_text(yaml.safe_dump(document))
+    cfg = first(["experiment=own_policy", "policy=policy.yaml", "references=images", f"outputs={tmp_path / 'out'}"])
+    assert {group.concept for group in build(cfg.prompts).groups()} == {"zorba"}
+    assert not any("gnome" in group.prompt for group in build(cfg.prompts).groups())
+    assert [clause.asset for clause in read_policy(cfg.method.check.policy).clauses] == ["zorba"]
+    assert len(read_policy(cfg.method.policy).clauses) == 2
+    document["clauses"][1]["action"] = "steer"
+    own[0].write_text(yaml.safe_dump(document))
+    with pytest.raises(ValueError, match=r"every asset that is to be steered in .* got none of gnome"):
+        first(["experiment=own_policy", "policy=policy.yaml", "references=images", f"outputs={tmp_path / 'out'}"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -205,7 +220,10 @@ def test_one_override_each_sets_policy_and_images(own, tmp_path, monkeypatch):
         (["experiment=own_policy", "policy=none.yaml"], "expected a policy at"),
         (["experiment=own_policy", "policy=policy.yaml", "references=none"], "expected a folder of reference images"),
         (["experiment=own_policy", "policy=faulty.yaml"], "has an empty list of names.*lists all faults"),
-        (["experiment=own_policy", "policy=other.yaml", "references=images"], "got none of gnome: add a folder"),
+        (
+            ["experiment=own_policy", "policy=other.yaml", "references=images"],
+            "got none of gnome: add a folder of that name",
+        ),
     ],
 )
 def test_a_set_up_that_cannot_work_is_refused_at_once(overrides, message, own, tmp_path, monkeypatch):

@@ -97,6 +97,11 @@ def test_sound_images_have_no_fault(images, policy):
     assert found.errors == [] and not any("images" in line for line in found.advice)
 
 
+def nothing(folder):
+    for path in folder.iterdir():
+        path.rename(folder / f"not {path.name}")
+
+
 def other_format(folder):
     Image.open(folder / "vampire" / "0.png").save(folder / "goblin" / "copy.BMP")
 
@@ -104,10 +109,12 @@ def other_format(folder):
 @pytest.mark.parametrize(
     ("edit", "code", "line"),
     [
-        (lambda f: (f / "goblin").rename(f / "gnome"), 2, "error: no image of 'goblin' in"),
-        (lambda f: (f / "goblin").rename(f / "gnome"), 2, "advice: no clause has an asset of this name, so it is not"),
+        (lambda f: (f / "vampire").rename(f / "gnome"), 2, "error: no image of 'vampire' in"),
+        (lambda f: (f / "goblin").rename(f / "gnome"), 0, "advice: no image of 'goblin' in"),
+        (lambda f: (f / "goblin").rename(f / "gnome"), 0, "advice: no clause has an asset of this name, so it is not"),
         (lambda f: (f / "vampire" / "0.png").write_bytes(b"\x89PNG no image"), 2, "cannot be read"),
         (lambda f: (f / "vampire" / "0.tiff").write_bytes(b"II"), 2, "has a format that is not read"),
+        (nothing, 2, "error: no image of any asset"),
         (other_format, 2, "error: one image under several names"),
         (lambda f: (f / "vampire" / "9.png").write_bytes((f / "vampire" / "0.png").read_bytes()), 0, "more than once"),
         (lambda f: (f / "goblin" / "0.png").unlink(), 0, "advice: 5 images of 'goblin'"),
