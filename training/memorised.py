@@ -81,9 +81,8 @@ def requests(seed: int = 0) -> list[Request]:
 def gallery() -> list[tuple[str, Path]]:
     """Return name and image of all artwork in the common sets, characters and others, in a fixed order."""
     root = project_path("models/mini-protected")
-    paths = sorted(
-        path for path in root.glob("*/*/*.png") if not path.stem.endswith(MASK) and style_set(path) in protected.COMMON
-    )
+    artwork = [path for path in root.glob("*/*/*.png") if path.parts[-3] != "generated"]  # drawn by a model
+    paths = sorted(path for path in artwork if not path.stem.endswith(MASK) and style_set(path) in protected.COMMON)
     return [(path.parent.name, path) for path in paths]
 
 

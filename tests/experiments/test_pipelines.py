@@ -186,7 +186,7 @@ def test_every_model_goes_with_every_method(method_of):
             assert OmegaConf.to_container(method_of(model, name), resolve=True)["name"] == name
         method = build(method_of(model, "negtome"))
         assert method.config.sites is None
-        few_steps = ("flux-schnell", "flux2-klein-4b", "krea2-turbo", "z-image-turbo")
+        few_steps = ("mini-flux-schnell", "flux-schnell", "flux2-klein-4b", "krea2-turbo", "z-image-turbo")
         alpha = dict.fromkeys(few_steps, 0.45) | {"mini-sdxl": 1.35}
         assert (method.config.alpha, method.config.reference) == (alpha.get(model, 0.9), "first")
         assert build(method_of(model, "negtome_released")).config.matching == "released"
