@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
 import importlib
 
-from experiments import check, quick
+from experiments import check, quick, start_log
 from experiments.plan import Plan
 
 STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
@@ -26,6 +26,7 @@ STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
+    start_log()
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
