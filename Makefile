@@ -53,11 +53,10 @@ peers: $(VENV)/.installed-experiments  ## NegToMe and every other method: settin
 few-steps-peers: $(VENV)/.installed-experiments  ## the same at 4 denoising steps on mini-sdxl
 	$(MAKE) peers PEERS="few_steps_peers_grid few_steps_peers"
 
-safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (16 minutes)
-	status=0; for name in safety safety_controls; do \
-	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
-	  $(PY) -m experiments scorecard experiment=$$name $(ARGS) || exit 1; \
-	done; exit $$status
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (20 minutes)
+	$(PY) -m experiments floors experiment=safety_floors $(ARGS)
+	status=0; $(PY) -m experiments reproduce experiment=safety $(ARGS) || status=1; \
+	  $(PY) -m experiments scorecard experiment=safety $(ARGS) || exit 1; exit $$status
 
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
@@ -69,8 +68,8 @@ latency: $(VENV)/.installed-experiments  ## time and memory of the method: table
 .PHONY: reproduce-latency
 reproduce-latency: latency
 
-# The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
-redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (25 minutes)
+# The default budget is chosen for two cores; redteam.queries=16 takes several times as long.
+redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (40 minutes)
 	$(PY) -m experiments redteam $(ARGS)
 
 gate: $(VENV)/.installed-experiments  ## judge the tables of safety and redteam by conf/safety/gate.yaml: pass, review, fail
@@ -95,6 +94,11 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m training protected --npm outputs/npm
 	$(PY) -m training people --npm outputs/npm
 	$(PY) -m training memorised
+
+.PHONY: mini-distilled
+mini-distilled: $(VENV)/.installed-training  ## distil the embedded models to four steps (one core, 10 minutes)
+	$(PY) -m training distil --teacher models/mini-sdxl --out models/mini-sdxl-turbo --minutes 5 --bf16 $(ARGS)
+	$(PY) -m training distil --teacher models/mini-flux --out models/mini-flux-schnell --minutes 4 --bf16 $(ARGS)
 
 .PHONY: reproduce-deliberation mini-guard
 reproduce-deliberation: $(VENV)/.installed-training  ## train small guards by examples and rewards, and compare them (5 minutes)

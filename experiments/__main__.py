@@ -38,8 +38,11 @@ COMMANDS = {
     "notebooks": "experiments.report.notebooks",
     "demo": "experiments.demo",
     "doctor": "experiments.doctor",
+    "floors": "experiments.safety.floors",
     "scorecard": "experiments.safety.scorecard",
     "redteam": "experiments.safety.redteam",
+    "outside": "experiments.safety.outside",
+    "labels": "experiments.safety.labels",
     "gate": "experiments.safety.gate",
     "sensitivity": "experiments.safety.sensitivity",
 }

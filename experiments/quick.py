@@ -24,10 +24,11 @@ from experiments.tables.groups import GROUPS, read_groups, values_of_run
 from experiments.tables.paths import PUBLISHED, TABLE, result_file
 from experiments.tabulate import Score, read_scores
 
-#: Deviation of a group's value that rounding may make, as a share of the metric's mean. On a CPU with AVX2 in place of
-#: AVX-512, 20 groups of mini-sdxl deviated by 0.23 % at most.
+#: Deviation of a group's value that rounding may make, as a share of the metric's mean.
 TOLERANCE = 0.01
-#: Share of a metric's groups that must agree. Rounding may turn the match of a token, and so change a group visibly.
+#: Share of a metric's groups that must agree, save one group. On another make of CPU, rounding may turn the match of a
+#: token or a detection near its threshold, and so change one group visibly: between an Intel Xeon and an AMD EPYC, one
+#: of nine groups of mini-sdxl lost a detection, and one of seven deviated by 1.6 % in distance.
 AGREEING = 0.9
 
 
@@ -46,7 +47,8 @@ class Comparison(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        return self.n_agree >= AGREEING * len(self.deviations)
+        n_groups = len(self.deviations)
+        return self.n_agree >= min(AGREEING * n_groups, n_groups - 1) and self.n_agree > n_groups / 2
 
 
 def published_runs(plan: Plan, results: str = PUBLISHED) -> dict[str, str]:
@@ -112,11 +114,13 @@ def compare(quick: Plan, plan: Plan, results: str = PUBLISHED) -> Iterator[Compa
     Raises:
         FileNotFoundError: a run was not generated or not scored.
     """
-    published, groups = published_runs(plan, results), groups_of_metrics(plan, results)
+    published = published_runs(plan, results)
+    groups = dict(iter(groups_of_metrics(plan, results).groupby("run_id")))  # searched for every metric of a run
     settings = {mine.settings: spec.settings for mine, spec in zip(quick.specs, plan.specs, strict=True)}
     for score in read_scores(quick):
         if has_value(score.document) and score.document["aggregate"] != SUBSETS:
-            theirs = values_of_run(groups, published[settings[score.spec.settings]], score.metric)
+            run_id = published[settings[score.spec.settings]]
+            theirs = values_of_run(groups[run_id], run_id, score.metric) if run_id in groups else []
             mine = values_of(score.document["groups"], score.document["aggregate"])
             deviations = deviations_of(
                 {value["group"]: value["value"] for value in mine},

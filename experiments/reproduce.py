@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import gc
 import importlib
 
 from experiments import check, quick, start_log
@@ -27,6 +28,7 @@ STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     start_log()
+    gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one

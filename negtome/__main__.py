@@ -4,10 +4,12 @@
     negtome generate "a photo of a dog" --model ORGANISATION/NAME  any diffusers folder, or repository of the hub
     negtome generate "a photo of a dog" -n 4 --alpha 0.9 --threshold 0.7 --timestep-range 850:1000 --seed 3
     negtome generate "a photo of a panda" --reference panda.png --mask panda.mask.png    away from that image
+    negtome generate "a photo of a dog" --policy P                 decide the prompt by a policy first
     negtome generate --from with-0.png                             again, with the settings stored in an image
     negtome demo                                                   the same in a browser
     negtome doctor                                                 what is installed here, and which models
-    python -m negtome.guard                                        policies, and guards that apply them
+    negtome guard                                                  policies, guards that apply them, audit and queue
+    negtome serve --policy P --guard G                             an OpenAI-compatible server behind a policy
 
 generate writes images that hold their settings, and a script that makes them in Python, into --out DIR.
 COMMAND --help lists the options. Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows a traceback.
@@ -27,7 +29,7 @@ from typing import Any, NoReturn
 
 from negtome.validation import read_step_range
 
-COMMANDS = ("generate", "demo", "doctor")
+COMMANDS = ("generate", "serve", "guard", "demo", "doctor")
 #: Value on the command line that means "as the pipeline or the published settings have it".
 AUTO = "auto"
 #: Most characters of an error message that are printed.
@@ -50,14 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     try:
-        if command == "generate":
-            options = _parser().parse_args(arguments)
-            importlib.import_module("negtome.generate").main(options)  # loads torch
-            return 0
-        if command in COMMANDS:
-            return _run_in_checkout(command, arguments)
-        near = "".join(f"; did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
-        raise ValueError(f"no command {command}, the commands are {', '.join(COMMANDS)}{near}")
+        return _run(command, arguments)
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)
         return 130
@@ -66,6 +61,47 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{command}: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "generate":
+        return _generate(arguments)
+    if command == "serve":
+        return _serve(arguments)
+    if command == "guard":
+        code: int = _import("negtome.guard.__main__", "guard").main(arguments)
+        return code
+    if command in COMMANDS:
+        return _run_in_checkout(command, arguments)
+    near = "".join(f"; did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
+    raise ValueError(f"no command {command}, the commands are {', '.join(COMMANDS)}{near}")
+
+
+def _import(module: str, extra: str) -> Any:
+    """Return a module that needs the packages of an extra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"a package is missing ({error}): pip install 'negtome[{extra}]'") from error
+
+
+def _generate(arguments: list[str]) -> int:
+    parser = _parser()
+    if any(argument.split("=")[0] == "--policy" for argument in arguments):  # needs the packages of negtome[guard]
+        module = _import("negtome.serve.single", "guard")
+        module.add_options(parser)
+        code: int = module.main(parser.parse_args(arguments))
+        return code
+    importlib.import_module("negtome.generate").main(parser.parse_args(arguments))  # loads torch
+    return 0
+
+
+def _serve(arguments: list[str]) -> int:
+    module = _import("negtome.serve.command", "serve")
+    parser = _Parser(prog="negtome serve", allow_abbrev=False, description=module.main.__doc__.split(";")[0] + ".")
+    module.add_options(parser)
+    code: int = module.main(parser.parse_args(arguments))
+    return code
 
 
 def _one_line(error: BaseException) -> str:
@@ -146,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--compare", action="store_true", default=False, help="make the baseline too, with the same seeds")
     run.add_argument("--out", default=None, metavar="DIR", help="for this recipe alone (negtome-images/PROMPT-DIGEST)")
     run.add_argument("--device", default=None, metavar="D", help="cuda, mps or cpu (the fastest here)")
+    run.add_argument(
+        "--policy", metavar="P", help="decide the prompt by this policy first; --policy P --help lists more options"
+    )
     run.add_argument("--low-memory", action="store_true", default=False, help="keep idle parts off the GPU")
     return parser
 

@@ -80,16 +80,16 @@ def attach(
 
 
 def detach(pipe: Any) -> None:
-    """Take NegToMe off a pipeline, as `Attachment.remove` does.
+    """Take NegToMe off a pipeline, as `Attachment.remove` does, or what a failed call with a guider left there.
 
     Raises:
         TypeError: the pipeline is not supported.
         RuntimeError: it is not attached, or a call of it is running.
     """
     for owner in _patchable(pipe, find_architecture(pipe)):
-        attachment = _attachment_of(owner)
-        if attachment is not None:
-            attachment.remove()
+        state = owner.__dict__.get(ATTRIBUTE)
+        if state is not None:
+            state.remove()
             return
     raise RuntimeError(f"NegToMe is not attached to this {type(pipe).__name__}, nor to its denoiser.")
 
@@ -132,6 +132,9 @@ class Attachment:
                     f"NegToMe is attached to this {type(owner).__name__} already; leave that `with` block, or call "
                     "negtome.detach(pipe), before attaching again."
                 )
+        for owner in _patchable(pipe, architecture):
+            if ATTRIBUTE in owner.__dict__:  # a guider, whose call failed before it reached the denoiser
+                owner.__dict__[ATTRIBUTE].remove()
 
         self.config = config
         self.group_size = group_size
@@ -288,8 +291,8 @@ def _patchable(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
 
 
 def _attachment_of(owner: Any) -> Attachment | None:
-    attachment: Attachment | None = owner.__dict__.get(ATTRIBUTE)
-    return attachment
+    state = owner.__dict__.get(ATTRIBUTE)
+    return state if isinstance(state, Attachment) else None  # the denoiser may carry a guider instead
 
 
 def _patch_pipeline(original: Call) -> Call:

@@ -411,7 +411,9 @@ def _rows_agree(embedding: torch.Tensor, group_size: int) -> bool:
     return not ((groups - groups[:, :1]).abs() > ROUNDING * (size[:, :1] + median)).any()
 
 
-def check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Architecture) -> None:
+def check_one_length(
+    pipeline_call: PipelineCall, call: DenoiserCall, mask: torch.Tensor, architecture: Architecture
+) -> None:
     """Raise ValueError if masks [rows, T] differ within a chunk, where diffusers mixes them up or drops padding."""
     chunks = mask.unflatten(0, (call.cfg_chunks, -1))
     if (chunks == chunks[:, :1]).all():
@@ -419,6 +421,11 @@ def check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Archi
     each = architecture.per_prompt
     if architecture.drops_text_padding is not None:
         reason = "the image's tokens follow its text at once here; give each prompt a call of its own."
+    elif not pipeline_call.arguments:  # the caller is a guider
+        reason = (
+            f"with {each} > 1, diffusers gives images the text masks of other prompts here, and a guider cannot see "
+            f"{each}; give each prompt a call of its own, or use negtome.attach with {each}=1 and group_size."
+        )
     else:
         reason = (
             f"with {each} > 1, diffusers gives images the text masks of other prompts here (its PR #14147 describes "

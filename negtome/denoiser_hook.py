@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class DenoiserHook:
         references: Reference | Sequence[Reference | None] | None = None,
     ) -> None:
         sites.check_denoiser(denoiser, adds_rows=references is not None)
-        self._denoiser = denoiser
+        self._denoiser_reference = weakref.ref(denoiser)  # a call that failed must not keep the weights
         self._architecture = architecture
         self.config = config
         self._group_size = group_size
@@ -63,6 +64,12 @@ class DenoiserHook:
         self.sites = tuple(name for name, _, _ in modules)
         self._sites = [Site(name, hook_point, config, push) for name, _, hook_point in modules]
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        denoiser = self._denoiser_reference()
+        assert denoiser is not None  # whoever calls it holds it
+        return denoiser
 
     def enter(self) -> None:
         """Move the sites to the modules that have their names now.
@@ -179,7 +186,7 @@ class DenoiserHook:
         if any(snapshot.holds(prompts) for snapshot in run.prompts):
             return
         for mask in filter(call.prompts.__contains__, run.masks):
-            call_inspection.check_one_length(call, call.prompts[mask], self._architecture)
+            call_inspection.check_one_length(run.call, call, call.prompts[mask], self._architecture)
         if self._group_size is None and self.references is None:
             call_inspection.check_one_prompt(run.call, call, group_size, self._architecture)
         run.prompts.append(Snapshot(prompts))

@@ -23,7 +23,7 @@ from negtome import image_files
 from negtome.architectures import ARCHITECTURES
 from negtome.attachment import Attachment, attach
 from negtome.doctor import accelerator
-from negtome.model_files import INDEX, find_variants, read_index
+from negtome.model_files import INDEX, LORA, find_variants, read_index
 from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
@@ -170,6 +170,8 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     options = {"torch_dtype": getattr(torch, recipe.dtype), "variant": recipe.variant, "use_safetensors": True}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **options)
+        if Path(recipe.model, LORA).is_file():
+            pipe.load_lora_weights(recipe.model, weight_name=LORA)
         find_architecture(pipe)
     except (MemoryError, RuntimeError):
         raise
@@ -363,12 +365,17 @@ def check_writable(folder: Path) -> None:
                 path.rmdir()
 
 
-def main(arguments: Namespace) -> None:
-    """Make the images of a command line, write them and print where; warnings are printed as they come."""
+def main(arguments: Namespace, change: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> None:
+    """Make the images of a command line, write them and print where; warnings are printed as they come.
+
+    Args:
+        arguments: of the command line.
+        change: returns the recipe to make instead of the command line's, or raises.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = _print_warning
-        _run(arguments)
+        _run(arguments, change)
 
 
 def _print_warning(
@@ -378,8 +385,8 @@ def _print_warning(
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _run(arguments: Namespace) -> None:
-    recipe = recipe_from_args(arguments)
+def _run(arguments: Namespace, change: Callable[[Recipe], Recipe]) -> None:
+    recipe = change(recipe_from_args(arguments))
     if arguments.compare and recipe.config is None:
         raise ValueError("--compare needs settings of NegToMe; leave --without or --compare out")
     _load_reference(recipe)  # before the weights, so that errors come at once

@@ -29,7 +29,7 @@ from negtome.config import NegToMeConfig
 from negtome.denoiser_hook import DenoiserHook
 from negtome.hooks import ATTRIBUTE, Call, not_compiled, patch_call, patch_denoiser, unpatch_call
 from negtome.merge import GroupReference, Matching
-from negtome.sites import find_architecture_of_denoiser, unwrap
+from negtome.sites import check_single_denoiser, find_architecture, find_architecture_of_denoiser, unwrap
 from negtome.stats import PipelineRun, SiteCount, Step, Totals
 from negtome.validation import check_int, to_python_scalar
 
@@ -80,8 +80,8 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
             `ClassifierFreeGuidance`. `enabled=False` turns off the guidance and not the push, which `alpha=0` does.
         alpha, threshold, timestep_range, step_range, matching, reference, sites, cross_attention, min_side: as in
             `negtome.NegToMeConfig`. None: the number published for the denoiser's architecture, or the default. A
-            guider cannot see the order of the scheduler, so a step_range counts the timesteps of Heun's two calls
-            in a step as two; then the call warns.
+            guider cannot see the order of the scheduler, so a step_range counts every timestep as a step, also
+            where a step has two (Heun) or one is repeated (PNDM); then the call warns.
         group_size: how many consecutive images of a call form a group, at least 2; None for all of them.
 
     Raises:
@@ -132,6 +132,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         if self.group_size is not None:
             check_int("group_size", self.group_size, 2, advice="; use None for all images of a call.")
         self._patched: Any = None  # the denoiser, between prepare_models and the end of its call
+        self._in_denoiser = False
         self._forwards = 0  # calls of the denoiser in this step
         self._call: _RunningCall | None = None
         self._totals: Totals | None = None  # of the last finished call of the pipeline
@@ -145,7 +146,9 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
             settings: other arguments; they also replace those of the pipeline's guider.
 
         Raises:
-            TypeError: the pipeline has no guider, or one with another formula than classifier-free guidance.
+            TypeError: the pipeline has no guider, or one with another formula than classifier-free guidance; or
+                `negtome.attach` does not support it, or its denoiser is not loaded yet.
+            ValueError: the pipeline has a second denoiser.
         """
         guider = getattr(pipe, "guider", None)
         if guider is None or type(guider) not in (ClassifierFreeGuidance, cls):
@@ -154,7 +157,9 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
                 f"NegToMeGuidance can replace a ClassifierFreeGuidance only, but this {type(pipe).__name__} has "
                 f"{kind}; use negtome.attach(pipe), which leaves it as it is."
             )
+        check_single_denoiser(pipe, find_architecture(pipe))
         guidance = {name: guider.config[name] for name in _API["__init__"]}
+        guidance["enabled"] = guider._enabled  # `guider.disable()` does not change the config
         replacement: NegToMeGuidance = cls(**{**guidance, **settings})
         return replacement
 
@@ -169,8 +174,10 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         self._current_step = (step, num_inference_steps, float(time), time)  # read once: it waits for the device
         if step == num_inference_steps and self.settings.step_range is not None:
             warnings.warn(
-                f"NegToMeGuidance counted every timestep of this second-order scheduler as a step of step_range="
-                f"{self.settings.step_range}; use timestep_range or negtome.attach, or another scheduler.",
+                "NegToMeGuidance counted every timestep as a step of step_range="
+                f"{self.settings.step_range}, but this scheduler has more timesteps than steps: a second-order one "
+                "(Heun) has two in a step, and PNDM repeats one; use timestep_range or negtome.attach, or another "
+                "scheduler.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -187,16 +194,24 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         self._release()
         self._forwards += 1
         module = unwrap(denoiser)
-        if any(ATTRIBUTE in owner.__dict__ for owner in (denoiser, module)):
-            raise RuntimeError(
-                f"NegToMe is attached to this {type(module).__name__} already; use either negtome.attach or "
-                "NegToMeGuidance, or else tokens would be pushed twice."
-            )
-        call = self._begin(module)
-        call.reader.set_step(*self._current_step)
-        step, steps, timestep, _ = self._current_step
-        if call.hook.config.is_active(timestep, step, steps):
-            call.hook.enter()
+        for owner in (denoiser, module):
+            state = owner.__dict__.get(ATTRIBUTE)
+            if isinstance(state, NegToMeGuidance):  # its call failed before it reached the denoiser
+                state.remove()
+            elif state is not None:
+                raise RuntimeError(
+                    f"NegToMe is attached to this {type(module).__name__} already; use either negtome.attach or "
+                    "NegToMeGuidance, or else tokens would be pushed twice."
+                )
+        try:
+            call = self._begin(module)
+            call.reader.set_step(*self._current_step)
+            step, steps, timestep, _ = self._current_step
+            if call.hook.config.is_active(timestep, step, steps):
+                call.hook.enter()
+        except BaseException:
+            self.remove()
+            raise
         patch_call(denoiser, self, patch_denoiser)
         self._patched = denoiser
 
@@ -207,6 +222,24 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         step, steps, *_ = self._current_step
         if steps is not None and step >= steps - 1 and self._forwards >= self.num_conditions:
             self._finish()
+
+    def remove(self) -> None:
+        """Give the denoiser back as it was after a call of the pipeline that failed, and forget that call.
+
+        The next call of the pipeline, `negtome.attach` and `negtome.detach` do it by themselves. Until then, a call
+        that failed before it reached the denoiser, in a ControlNet for example, leaves it changed.
+
+        Raises:
+            RuntimeError: a call of the denoiser is running.
+        """
+        if self._in_denoiser:
+            raise RuntimeError("NegToMeGuidance cannot be removed during a call of the denoiser; wait for its end.")
+        self._release()
+        self._call = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the guider without the denoiser and a call that runs or failed."""
+        return {**vars(self), "_patched": None, "_call": None, "_in_denoiser": False}
 
     def counts(self) -> dict[str, SiteCount]:
         """Return the tokens compared and pushed at every hook point, in the last finished call of the pipeline."""
@@ -226,12 +259,14 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
     def call_denoiser(self, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser for one condition; its hooks end with the call, even if it fails."""
         call = self._begin(unwrap(owner))
+        self._in_denoiser = True
         try:
             output = call.hook.call(call.run, None, original, owner, args, kwargs)
         except BaseException:
-            self._release()
-            self._call = None  # it would keep the weights
+            self._in_denoiser = False
+            self.remove()
             raise
+        self._in_denoiser = False
         self._release()
         return output
 

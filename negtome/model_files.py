@@ -10,6 +10,8 @@ from typing import Any
 
 #: File of the diffusers layout that names the class of the pipeline and its components.
 INDEX = "model_index.json"
+#: LoRA weights in a folder of the diffusers layout, which its pipeline is loaded with.
+LORA = "pytorch_lora_weights.safetensors"
 #: The variant of weights in half precision, as publishers name it.
 HALF = "fp16"
 #: Weights of a component, such as unet/diffusion_pytorch_model.fp16.safetensors and

@@ -22,6 +22,7 @@ FUNCTIONS = {
     "train": "train.train",
     "ablation": "train.compare_recipes",
     "export": "export.export",
+    "distil": "distill.distil",
     "samples": "samples.draw_samples",
     "reference": "reference.lay_out",
     "protected": "protected.lay_out",
@@ -30,6 +31,15 @@ FUNCTIONS = {
     "deliberation": "deliberation.table.compare_stages",
     "guard": "deliberation.table.export_guard",
 }
+
+
+def _add_distil_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--teacher", type=Path, required=True, help="folder of mini-sdxl or mini-flux")
+    command.add_argument("--out", type=Path, required=True, help="folder of the LoRA weights")
+    command.add_argument("--minutes", type=float, default=5.0, help="of training on one CPU core")
+    command.add_argument("--steps", type=int, help="limit of the steps, in place of a time")
+    command.add_argument("--seed", type=int, default=0, help="of the weights and the noise")
+    command.add_argument("--bf16", action="store_true", help="bf16 on a CPU that has instructions for it")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     export = add("export", "assemble trained stages into pipeline folders with model cards")
     add_path(export, "--work", None, "the folder that train wrote")
     add_path(export, "--models", MODELS, "folder of mini-sdxl, mini-flux and mini-clip, which are replaced")
+    distil = add("distil", "distil mini-sdxl or mini-flux to four steps without guidance, as LoRA weights")
+    _add_distil_options(distil)
     add_path(add("samples", "draw a contact sheet of each pipeline"), "--models", MODELS, "folder of the pipelines")
     reference = add("reference", "lay out the real images that the models are compared with")
     add_path(reference, "--data", None, "the folder data/ that train wrote")

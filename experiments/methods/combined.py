@@ -15,18 +15,21 @@ class Combined(Method):
     methods before it. Methods that change the pipeline itself therefore come last.
 
     Args:
-        methods: by name; at most one of them may attach NegToMe, and no two may change the same argument of the call.
+        methods: by name, those that are None left out; at most one of them may attach NegToMe, and no two may change
+            the same argument of the call.
 
     Raises:
-        ValueError: one of them overrides `generate`.
+        ValueError: none is left, or one of them overrides `generate`.
     """
 
     title = "several methods"
     version = 1
 
-    def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
+    def __init__(self, name: str, methods: Mapping[str, Method | None]) -> None:
         super().__init__(name)
-        self.methods = list(methods.values())
+        self.methods = [method for method in methods.values() if method is not None]
+        if not self.methods:
+            raise ValueError(f"method={name} combines methods, got none: leave one of {', '.join(methods)} in")
         if others := [method.name for method in self.methods if type(method).generate is not Method.generate]:
             raise ValueError(f"method={name} combines methods of one call, got {others}, which make several")
         self.version += sum(method.version for method in self.methods)  # rises with any of them

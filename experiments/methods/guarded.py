@@ -3,23 +3,24 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from eval.encoders import Encoder
-from eval.files import canonical_json, content_hash, read_json, verify_checksum, with_checksum, write_json
-from eval.images import Withheld, load_image
+from eval.files import content_hash
+from eval.images import Withheld, load_image, read_manifest
+from eval.resemblance import DetectionRate
 from experiments.methods.assets import AssetIndex
 from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
-from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
+from negtome.guard import Audit, Clause, Guard, Verdict, decide, read_policy
 from negtome.validation import check_int
 
 #: Stages, each in addition to the earlier ones: decide on the prompt, and refuse it where it is to be steered; push it
@@ -27,12 +28,29 @@ from negtome.validation import check_int
 LAYERS = ("decide", "steer", "check")
 
 
+class ImageCheck(Protocol):
+    """Looks for protected concepts in images before they are shown."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what affects the detections, as JSON values."""
+        ...
+
+    def detect(self, images: np.ndarray) -> tuple[str | None, float]:
+        """Return the concept that the images of one request show, or None, and the score of the nearest concept.
+
+        Args:
+            images: float [n, H, W, 3] in [0, 1].
+        """
+        ...
+
+
 class OutputCheck:
     """Detects images that are more similar to a protected concept than images without any concept are.
 
     Args:
         folder, scoring: of reference images, see `experiments.methods.assets.read_assets`.
-        policy: file of the policy whose concepts are looked for; the check ignores other images in the folder.
+        policy: file of the policy whose concepts are looked for. The check ignores other images in the folder, and
+            concepts that every clause about them allows.
         held_out: images to calibrate the threshold on, one subfolder a kind; those of the concepts are left out.
         encoder: embeds images.
         false_positive_rate: in (0, 1): probability at most with which an image without any concept is detected.
@@ -52,7 +70,7 @@ class OutputCheck:
         false_positive_rate: float = 0.05,
         scoring: str | Path | None = None,
     ) -> None:
-        self.concepts = frozenset(clause.asset for clause in read_policy(policy).clauses)
+        self.concepts = frozenset(clause.asset for clause in read_policy(policy).clauses if clause.action != "allow")
         self.index = AssetIndex(folder, encoder, scoring)
         if absent := sorted(self.concepts - self.index.concepts):
             raise ValueError(
@@ -62,7 +80,7 @@ class OutputCheck:
         if held_out is None:
             raise FileNotFoundError(
                 "expected held-out pictures without any asset to calibrate the output check on, got none: give "
-                "model.copyright.held_out=FOLDER, or leave the check out by method.layers=steer"
+                "method.check.held_out=FOLDER, or leave the check out by method.layers=steer"
             )
         self.encoder = encoder
         self.false_positive_rate = false_positive_rate
@@ -76,14 +94,15 @@ class OutputCheck:
             "false_positive_rate": self.false_positive_rate,
         }
 
-    def detect(self, images: np.ndarray, exempt: Collection[str] = ()) -> tuple[str | None, float]:
+    def detect(self, images: np.ndarray) -> tuple[str | None, float]:
         """Return the concept that the images of one request show, or None, and their largest cosine with any concept.
+
+        The cosine is -1 if the policy allows every concept.
 
         Args:
             images: float [n, H, W, 3] in [0, 1].
-            exempt: names of concepts that may be shown.
         """
-        pictures = self.index.nearest(embedded(self.encoder, images), self.concepts - set(exempt))
+        pictures = self.index.nearest(embedded(self.encoder, images), self.concepts)
         if not pictures:
             return None, -1.0
         asset, score = pictures[0]
@@ -94,6 +113,25 @@ class OutputCheck:
         """The cosine above which an image shows a concept."""
         negatives = self.encoder.embed_images([load_image(file) for file in self._held_out])
         return self.index.calibrate(negatives, self.false_positive_rate, self.concepts)
+
+    def shared_with(self, evaluator: DetectionRate) -> list[str]:
+        """Return what the check has in common with an evaluator, which then cannot tell where the check is wrong.
+
+        Encoders are compared by their weights, images by their content. The list is empty if both are independent.
+        """
+        shared = []
+        encoders = {part.id for part in self.encoder.parts()} & {part.id for part in evaluator.encoder.parts()}
+        if encoders:
+            shared.append(f"the encoder {min(encoders)}")
+        folders = {
+            "reference images": ([asset.file for asset in self.index.assets], evaluator.folder("references")),
+            "held-out images": (self._held_out, evaluator.folder("held_out")),
+        }
+        for kind, (files, folder) in folders.items():
+            theirs = {content_hash(Path(folder) / row.path) for row in read_manifest(folder)}
+            if count := sum(content_hash(file) in theirs for file in files):
+                shared.append(f"{count} {kind}")
+        return shared
 
 
 class GroupImages(NamedTuple):
@@ -135,6 +173,8 @@ class ImageCache:
 
 
 IMAGE_CACHE = ImageCache()
+#: Verdicts of this process by audit file, policy, guard and prompt.
+_VERDICTS: dict[tuple[str, str, str, str], Verdict] = {}
 
 
 @dataclass
@@ -144,6 +184,9 @@ class Guarded(Method):
     Refused, escalated and blocked requests end without images, and name the clauses. If the guard's reply does not
     follow from the policy, the request is escalated and counted as invalid; it is never allowed.
 
+    An exception that allows a concept does not switch the check off. If the images resemble that concept, the request
+    is escalated: a person decides whether it is the parody that the exception means.
+
     Attributes:
         guard: decides; see `negtome.guard.Guard`.
         policy: file of the policy.
@@ -152,22 +195,23 @@ class Guarded(Method):
         layers: the last stage, one of `LAYERS`.
         tries: how often images in which the check detects a concept are made again from other seeds before they are
             blocked.
-        decisions: folder of verdicts, so that all stages, and runs that are resumed, use the same ones; None asks the
-            guard each time. A stored decision is verified again, but anybody who can write there can decide.
+        audit: file that records every verdict; see `negtome.guard.Audit`. The process remembers recorded verdicts, so
+            that all stages use the same ones. None records nothing, and asks the guard each time. Verdicts are never
+            read from a file: anybody who can write there could decide.
     """
 
     title: ClassVar[str] = "guarded"
     columns: ClassVar[tuple[Setting, ...]] = (Setting("guard", printed="always"), Setting("layers", printed="always"))
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     name: str
     guard: Guard
     policy: str
     steering: Method
-    check: OutputCheck | None = None
+    check: ImageCheck | None = None
     layers: str = LAYERS[-1]
     tries: int = 3
-    decisions: str | None = None
+    audit: str | None = None
 
     def __post_init__(self) -> None:
         if self.layers not in LAYERS:
@@ -203,7 +247,7 @@ class Guarded(Method):
         method = Method()
         if concepts:
             method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
-        check, exempt = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
+        check, excepted = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
         tries = 1 + self.tries if check else 1
         all_seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
         generate_seconds, check_seconds, scores = 0.0, 0.0, []
@@ -211,17 +255,23 @@ class Guarded(Method):
             seeds = all_seeds[attempt * group.size :][: group.size]
             result = IMAGE_CACHE.generate(pipe, method, group, call, seeds)
             start = time.perf_counter()
-            concept, score = check.detect(result.images, exempt) if check else (None, None)
+            concept, score = check.detect(result.images) if check else (None, None)
             check_seconds += time.perf_counter() - start
             generate_seconds += result.seconds
             scores.append(score)
-            if concept is None:
-                break
+            if concept is None or concept in excepted:
+                break  # other seeds would only hide from a person what this prompt shows
         statistics |= {"check": scores, "draw_seconds": round(generate_seconds, 4)}
         statistics |= {"check_seconds": round(check_seconds, 4)}
         statistics["seconds"] = round(verdict.seconds + generate_seconds + check_seconds, 3)
         if concept is None:
             return GroupResult(result.images, {**statistics, **result.statistics}, result.references, seeds=seeds)
+        if concept in excepted:
+            exceptions = [name for name in verdict.clauses if not isinstance(self._policy[name], Clause)]
+            cited = ", ".join(exceptions or verdict.clauses)
+            reason = f"the images resemble {concept} above the threshold: a person decides whether {cited} allows them"
+            withheld = Withheld("escalated", reason, verdict.clauses)
+            return GroupResult(None, statistics, result.references, withheld)
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == concept)
         reason = f"every one of {tries} images resembles {concept} above the threshold"
         return GroupResult(None, statistics, result.references, Withheld("blocked", reason, clauses))
@@ -239,43 +289,17 @@ class Guarded(Method):
         return None
 
     def verdict(self, prompt: str) -> Verdict:
-        """Return the guard's verdict on a prompt, or the stored one.
+        """Return the guard's verdict on a prompt, or the one that this process remembers.
 
         Raises:
-            ValueError, ConnectionError: as `negtome.guard.decide`.
+            ValueError, ConnectionError, OSError: as `negtome.guard.decide`.
         """
-        if self.decisions is None:
+        if self.audit is None:
             return decide(self._policy, self.guard, prompt)
-        key = hashlib.sha256(canonical_json([self._policy.sha256, self.guard.id, prompt]).encode()).hexdigest()
-        path = Path(self.decisions) / f"{key[:32]}.json"
-        stored = self._stored(path, key)
-        if stored is not None:
-            return stored
-        verdict = decide(self._policy, self.guard, prompt)
-        write_json(path, with_checksum({"key": key, **dataclasses.asdict(verdict)}))
-        return verdict
-
-    def _stored(self, path: Path, key: str) -> Verdict | None:
-        """Return a stored verdict whose decision follows from the policy, else None.
-
-        The file may have been edited, cut off, or copied from another request's.
-        """
-        try:
-            fields = read_json(path)
-            verify_checksum(fields, path)
-            if fields["key"] != key:
-                return None
-            entry, replies = fields["decision"], tuple(map(str, fields["replies"]))
-            decision = None if entry is None else Decision.from_fields(entry)
-            faults, seconds = tuple(map(str, fields["faults"])), float(fields["seconds"])
-            verdict = Verdict(fields["action"], decision, faults, replies, seconds)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        if verdict.action == "invalid":
-            return verdict if verdict.faults else None
-        if verdict.faults or decision is None or decision.action != verdict.action:
-            return None
-        return None if verify(self._policy, decision) else verdict
+        key = (self.audit, self._policy.sha256, self.guard.id, prompt)
+        if key not in _VERDICTS:
+            _VERDICTS[key] = decide(self._policy, self.guard, prompt, Audit(self.audit))
+        return _VERDICTS[key]
 
     def _cited(self, verdict: Verdict, action: str) -> list[str]:
         """Return the concepts for which the cited clauses and their exceptions lead to an action."""

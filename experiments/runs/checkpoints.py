@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from eval.files import read_json, settled_status
 from eval.weights import missing_vocabulary, network_answers
 from experiments import PROJECT, project_path
+from negtome.model_files import LORA
 
 # diffusers is imported where a pipeline is loaded: nothing else needs the seconds that it takes.
 
@@ -279,6 +280,7 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
     for name, (_, weights) in _components(folder, variant).items():
         files += sorted(path for path in (folder / name).iterdir() if path.suffix in SETTINGS)
         files += [folder / name / file for file in weights]
+    files += [path for path in [folder / LORA] if path.is_file()]
     statuses = tuple(map(settled_status, files))
     return (_sampled if None in statuses else _remembered)(folder, tuple(files), statuses)
 
@@ -327,6 +329,8 @@ def load(
         checkpoint.folder, dtype=dtype, variant=variant, local_files_only=True, **architecture.options
     )
     pipe.set_progress_bar_config(disable=True)
+    if (checkpoint.folder / LORA).is_file():
+        pipe.load_lora_weights(checkpoint.folder, weight_name=LORA)
     if architecture.denoiser == "unet":  # whose convolutions take a seventh less time with channels last, on a CPU too
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)

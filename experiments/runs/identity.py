@@ -145,8 +145,8 @@ def config_digest(cfg: DictConfig) -> str:
     Raises:
         ValueError: a setting is out of range.
     """
-    # Device, folder of verdicts and metadata do not affect pixels.
-    method = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", *METADATA)
+    # Device, file of records and metadata do not affect pixels.
+    method = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "audit", *METADATA)
     for key, value in leaves(method):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"method.{key} must be a finite number, got {value}")

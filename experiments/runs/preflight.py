@@ -14,8 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 import negtome
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
+from eval.resemblance import DetectionRate
 from experiments import project_path, select_device
 from experiments.configs import build, without
+from experiments.methods.guarded import LAYERS, Guarded, OutputCheck
+from experiments.methods.method import Method
 from experiments.plan import Plan, RunSpec
 from experiments.prompts import Group
 from experiments.runs import checkpoints, metrics
@@ -82,14 +85,35 @@ def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[RunJob | Non
         job = prepare_job(spec, checkpoint, method)
     except (FileNotFoundError, ValueError) as error:
         return None, [*faults, Fault(str(error), without=without_method)]
+    faults += _of_check(cfg, method)
     settings = job.identity["request"]["method"]["settings"]
     if job.missing and "timestep_range" in settings:  # a method without one acts on all steps
         if settings.get("step_range") is None:
             of_steps = of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings["timestep_range"])
         else:
             of_steps = of_step_range(cfg.model, cfg.method.name, settings["step_range"])
-        faults = [replace(fault, without=without_method) for fault in of_steps]
+        faults += [replace(fault, without=without_method) for fault in of_steps]
     return job, faults
+
+
+def _of_check(cfg: DictConfig, method: Method) -> list[Fault]:
+    """Return a fault if a method's check of its output is not independent of the metrics that evaluate it."""
+    if not isinstance(method, Guarded) or method.layers != LAYERS[-1] or not isinstance(method.check, OutputCheck):
+        return []
+    problems: dict[str, list[str]] = {}
+    for name in metrics.measured(cfg):
+        metric = metrics.build_metric(cfg, name)
+        if isinstance(metric, DetectionRate) and (shared := method.check.shared_with(metric)):
+            problems.setdefault(" and ".join(shared), []).append(name)
+    return [
+        Fault(
+            f"The output check and the evaluator share {shared}, so it cannot see the check's mistakes: give "
+            "the check others by method.check.encoder, method.check.folder and method.check.held_out",
+            needed_by=tuple(names),
+            without="method.layers=steer",
+        )
+        for shared, names in problems.items()
+    ]
 
 
 def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:

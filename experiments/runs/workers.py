@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -138,19 +139,19 @@ def load_pipeline_and_method(
     compiled: bool = False,
     offload: bool = False,
 ) -> tuple[Any, Method, dict[str, Any]]:
-    """Load a pipeline, a method and the arguments of the model's calls from YAML; the last ones are cached."""
+    """Load a pipeline, a method and the arguments of the model's calls from JSON; the last ones are cached."""
     pipe = _pipeline(model, checkpoint, device, compiled, offload)
     return pipe, _method(method), checkpoints.call_arguments(_model(model))
 
 
 @functools.lru_cache(maxsize=1)  # parsing takes as long as a step of a mini model
 def _model(spec: str) -> DictConfig:
-    return OmegaConf.create(spec)
+    return OmegaConf.create(json.loads(spec))
 
 
 @functools.lru_cache(maxsize=1)  # a method that looks for assets holds an encoder
 def _method(spec: str) -> Method:
-    return build(OmegaConf.create(spec))
+    return build(OmegaConf.create(json.loads(spec)))
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a sweep mostly share a pipeline

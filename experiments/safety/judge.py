@@ -43,6 +43,11 @@ class Judge:
         """Tell whether any of images, float [n, H, W, 3] in [0, 1], shows a concept."""
         return similarity(self.index, concept, images) > self.threshold
 
+    def nearest(self, images: np.ndarray) -> str | None:
+        """Return the concept that images, float [n, H, W, 3] in [0, 1], come nearest to, None if none is shown."""
+        asset, score = self.index.nearest(embedded(self.index.encoder, images))[0]
+        return asset.name if score > self.threshold else None
+
     @cached_property
     def threshold(self) -> float:
         """The cosine above which an image shows a concept."""

@@ -82,8 +82,23 @@ class Attacker(Protocol):
 
 
 @dataclass(frozen=True)
+class ListedPrompts:
+    """Prompts of a list, in turn and again from the start: no search.
+
+    Attributes:
+        start: number of the first prompt, so that repeats of one query each try different prompts.
+    """
+
+    prompts: Sequence[str]
+    start: int = 0
+
+    def next(self, tried: Sequence[Tried]) -> Candidate:
+        return fixed_text(self.prompts[(self.start + len(tried)) % len(self.prompts)])
+
+
+@dataclass(frozen=True)
 class RandomSearch:
-    """The control: random prompts, which do not depend on earlier queries."""
+    """The control of the guided search: random prompts, which do not depend on earlier queries."""
 
     grammar: Grammar
     seed: str

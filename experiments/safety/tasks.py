@@ -45,7 +45,7 @@ def guard_decisions(policy: str | None = None, split: str = "test") -> Task:
     if policy is None:
         if split != "test":
             raise ValueError(f"the published requests have no split {split}: give your own policy, policy=FILE")
-        cfg = first(["experiment=safety"])
+        cfg = first(["experiment=safety", "prompts.seeds=[0]"])  # a decision has no seed
         rules = read_policy(cfg.model.copyright.policy)
         dataset = MemoryDataset(samples(rules, build(cfg.prompts).groups()), name="requests_test")
     else:

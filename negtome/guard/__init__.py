@@ -16,7 +16,7 @@ from negtome.guard.chat import Endpoint, Local
 from negtome.guard.decision import Decision, Reply, UnusableReplyError, new_nonce, parse, read_reply, verify
 from negtome.guard.keyword import Keyword
 from negtome.guard.nearest import Nearest
-from negtome.guard.policy import ACTIONS, Clause, Example, Policy, PolicyException, read_policy
+from negtome.guard.policy import ACTIONS, SEVERITIES, Clause, Example, Policy, PolicyException, read_policy
 from negtome.guard.verdict import Guard, GuardError, RemoteGuard, Verdict, decide
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACTIONS",
+    "SEVERITIES",
     "Audit",
     "Clause",
     "Decision",

@@ -3,13 +3,16 @@
     python -m negtome.guard check   --policy P [--references FOLDER] [--render]
     python -m negtome.guard explain --policy P --guard G [--raw] -- "a photo of a vampire"
     python -m negtome.guard test    --policy P --guard G [--edits N] [--json FILE] [--audit FILE]
+    python -m negtome.guard audit   FILE [--head HASH]
+    python -m negtome.guard queue   FOLDER list | decide ID allow|refuse --by NAME | release ID
 
 G is keyword, mini, chat, or your own: MODULE:ATTRIBUTE, an object with name, id and reply(policy, prompt), or a
 function or class that returns one. chat takes --base-url U --model M (vLLM, llama.cpp, ollama), or --folder F
 (transformers).
 
 explain exits with 0 for allow, 3 for steer, 4 for refuse, 5 for escalate, and 5 for invalid, which is a reply that does
-not follow from the policy. test exits with 0 if every decision is as it must be, else with 1. Bad input exits with 2.
+not follow from the policy. test exits with 0 if every decision is as it must be, else with 1. audit exits with 1 if a
+line was edited, removed, inserted or reordered. Bad input exits with 2. negtome guard COMMAND is the same command.
 COMMAND --help lists its options, docs/safety.md explains them; NEGTOME_TRACEBACK=1 shows where an error was raised.
 """
 
@@ -28,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from negtome.guard import testing
-from negtome.guard.audit import Audit
+from negtome.guard.audit import START, Audit, check_chain
 from negtome.guard.chat import Endpoint, Local, about_tokens
 from negtome.guard.keyword import Keyword
 from negtome.guard.lint import lint
 from negtome.guard.policy import ACTIONS, Policy, read_policy
+from negtome.guard.queue import DECISIONS, STATES, Queue
 from negtome.guard.references import References, read_references
 from negtome.guard.verdict import Guard, GuardError, check_text, decide, guard_errors
 
@@ -157,14 +161,61 @@ def test(arguments: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def find_guard(arguments: argparse.Namespace) -> Guard:
-    """Return the guard that the arguments name.
+def audit(arguments: argparse.Namespace) -> int:
+    """Check the hash chain of an audit file, and print the hash of its last line."""
+    report = check_chain(arguments.file, arguments.head)
+    print(f"records     {report.records} in a chain")
+    if report.unchained:
+        print(f"unchained   {report.unchained} lines before the first chained record: nothing protects them")
+    if report.unfinished:
+        print(f"unfinished  {report.unfinished} lines, which killed processes left")
+    if report.fault:
+        print(f"broken      {report.fault}")
+        return 1
+    print(f"head        {report.head}")
+    if arguments.head is None:
+        print("intact, unless lines were cut off at the end: keep the head elsewhere, and give it as --head next time")
+    else:
+        print("intact, and the line with your --head is still there")
+    return 0
+
+
+def queue(arguments: argparse.Namespace) -> int:
+    """List the requests that wait for a person, decide one, or release an allowed one."""
+    tickets = Queue(arguments.folder)
+    if arguments.step == "list":
+        if not Path(arguments.folder).is_dir():
+            raise FileNotFoundError(f"no queue at {arguments.folder}: the first escalation makes it")
+        listed = tickets.tickets(arguments.state)
+        for ticket in listed:
+            cited = ", ".join(ticket.clauses) or "no clause"
+            by = f" by {ticket.by}" if ticket.by else ""
+            print(_line(f"{ticket.id}  {ticket.state}{by}  {ticket.created}  {ticket.action}, {cited}"))
+            fields = {name: value for name, value in ticket.request.items() if value is not None}
+            print(f"    {_line(json.dumps(fields, ensure_ascii=False))}")
+        print(f"{len(listed)} requests")
+        return 0
+    if arguments.step == "decide":
+        ticket = tickets.decide(arguments.id, arguments.decision, arguments.by)
+        then = "; release it, and the client can send it again" if ticket.state == "allowed" else ""
+        print(_line(f"{ticket.id} is {ticket.state} by {ticket.by}{then}"))
+        return 0
+    ticket = tickets.release(arguments.id)
+    print(
+        f"{ticket.id} is released: exactly this request makes images under this policy when the client sends it again"
+    )
+    return 0
+
+
+def find_guard(arguments: argparse.Namespace, prefix: str = "") -> Guard:
+    """Return the guard that the arguments name; the guard's own options have the prefix of `add_guard_options`.
 
     Raises:
         ValueError: there is no such guard, or its options are missing or unknown.
         ImportError, FileNotFoundError: its module or folder does not exist.
     """
-    options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    values = {name: getattr(arguments, prefix.replace("-", "_") + name, None) for name in OPTIONS}
+    options = {name: value for name, value in values.items() if value is not None}
     builders: dict[str, tuple[Callable[..., Guard], set[str], set[str]]] = {
         "keyword": (Keyword, set(), set()),
         "mini": (_mini, set(), {"folder"}),
@@ -175,8 +226,8 @@ def find_guard(arguments: argparse.Namespace) -> Guard:
     build, needed, optional = builders.get(kind, (partial(load_guard, arguments.guard), set(), set()))
     for negation, names in (("", needed - options.keys()), ("no ", options.keys() - needed - optional)):
         if names:
-            listed = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-            hint = ", or --folder" if arguments.guard == "chat" and not options else ""
+            listed = ", ".join(f"--{prefix}{name.replace('_', '-')}" for name in sorted(names))
+            hint = f", or --{prefix}folder" if arguments.guard == "chat" and not options else ""
             raise ValueError(f"expected {negation}{listed}{hint} with --guard {arguments.guard}")
     return build(**options)
 
@@ -192,28 +243,49 @@ def load_guard(name: str) -> Guard:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
-    with guard_errors(name):
-        guard: Any = _import(name, module, attribute)
-        missing = [part for part in ("reply", "name", "id") if not hasattr(guard, part)]
-    if missing:
-        raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
+    guard: Guard = load_object(name, "a guard", ("reply", "name", "id"))
     check_text(guard, "id")
-    checked: Guard = guard
-    return checked
+    return guard
 
 
-def _import(name: str, module: str, attribute: str) -> Any:
+def load_object(name: str, kind: str, parts: Sequence[str]) -> Any:
+    """Return the object that MODULE:ATTRIBUTE names, or makes without arguments.
+
+    Args:
+        name: MODULE:ATTRIBUTE.
+        kind: in messages, such as "a guard".
+        parts: attributes that it must have.
+
+    Raises:
+        ValueError, ImportError: there is no such object, or an attribute is missing.
+        GuardError: its code fails.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"expected {kind} as MODULE:ATTRIBUTE, got {name!r}")
+    with guard_errors(name):
+        loaded: Any = _import(name, module, attribute, parts[0])
+        missing = [part for part in parts if not hasattr(loaded, part)]
+    if missing:
+        listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+        raise ValueError(f"expected {kind} with {listed} at {name}, got one without {', '.join(missing)}")
+    return loaded
+
+
+def _import(name: str, module: str, attribute: str, part: str) -> Any:
     imported = importlib.import_module(module)
     try:
         value = operator.attrgetter(attribute)(imported)
     except AttributeError as error:
         raise ImportError(f"expected {attribute} in {module}, got {error}") from error
-    if hasattr(value, "reply") and not isinstance(value, type):
+    if hasattr(value, part) and not isinstance(value, type):
         return value
     try:
         inspect.signature(value).bind()
     except TypeError as error:
-        raise ValueError(f"expected a guard, or what makes one without arguments, at {name}, got {error}") from error
+        raise ValueError(
+            f"expected an object with {part}, or what makes one without arguments, at {name}, got {error}"
+        ) from error
     return value()
 
 
@@ -250,15 +322,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parts["check"].add_argument("--references", metavar="FOLDER", help="images of the concepts, see docs/own-policy.md")
     parts["check"].add_argument("--render", action="store_true", help="print only the system message")
     for part in (parts["explain"], parts["test"]):
-        part.add_argument("--guard", metavar="G", required=True, help="keyword, mini, chat or MODULE:ATTRIBUTE")
-        part.add_argument("--base-url", metavar="U", help="chat: address of the server, such as http://host:8000/v1")
-        part.add_argument("--model", metavar="M", help="chat: the server's name of the model")
-        part.add_argument("--folder", metavar="F", help="chat, mini: folder of the model")
-        part.add_argument("--max-tokens", metavar="N", type=int, help="chat: longest reply, reasoning included (1024)")
-        part.add_argument(
-            "--context", metavar="N", type=int, help="chat: longest conversation of a server that cuts off silently"
-        )
-        part.add_argument("--timeout", metavar="S", type=float, help="chat: seconds for a decision (60)")
+        add_guard_options(part)
         part.add_argument("--audit", metavar="FILE", help="append every verdict, without texts")
     parts["explain"].add_argument("--raw", action="store_true", help="print the guard's replies, too")
     parts["explain"].add_argument("prompt", help="the prompt, after -- if it begins with a -")
@@ -267,7 +331,53 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     parts["test"].add_argument("--seed", type=int, default=0, help="seed for drawing the clauses")
     parts["test"].add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
+    parts |= _record_parsers(commands)
     return parser, parts
+
+
+def _record_parsers(commands: Any) -> dict[str, argparse.ArgumentParser]:
+    """Add the commands of files, which need no policy."""
+    parts = {}
+    for run in (audit, queue):
+        parts[run.__name__] = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+        parts[run.__name__].set_defaults(run=run)
+    parts["audit"].add_argument("file", metavar="FILE", help="of --audit")
+    parts["audit"].add_argument("--head", metavar="HASH", type=_head, help="that an earlier check printed")
+    parts["queue"].add_argument("folder", metavar="FOLDER", help="of negtome serve --queue")
+    steps = parts["queue"].add_subparsers(dest="step", required=True)
+    listing = steps.add_parser("list", allow_abbrev=False)
+    listing.add_argument("--state", choices=STATES, help="only these")
+    deciding = steps.add_parser("decide", allow_abbrev=False)
+    deciding.add_argument("id", metavar="ID")
+    deciding.add_argument("decision", choices=DECISIONS)
+    deciding.add_argument("--by", metavar="NAME", required=True, help="who decides")
+    steps.add_parser("release", allow_abbrev=False).add_argument("id", metavar="ID")
+    return parts
+
+
+def _head(text: str) -> str:
+    if len(text) != len(START) or not set(text) <= set("0123456789abcdef"):
+        raise argparse.ArgumentTypeError(f"must be a hash of {len(START)} hexadecimal digits, got {text[:80]!r}")
+    return text
+
+
+def add_guard_options(part: argparse._ActionsContainer, prefix: str = "", guard: str | None = None) -> None:
+    """Add --guard, required unless it has a default, and the guard's own options, --PREFIXmodel and so on."""
+    default = "" if guard is None else f" ({guard})"
+    part.add_argument(
+        "--guard", metavar="G", required=guard is None, default=guard,
+        help=f"keyword, chat, MODULE:ATTRIBUTE, or mini, which was trained on names and tags of one policy{default}",
+    )  # fmt: skip
+    options: tuple[tuple[str, str, type, str], ...] = (
+        ("base-url", "U", str, "chat: address of the server, such as http://host:8000/v1"),
+        ("model", "M", str, "chat: the server's name of the model"),
+        ("folder", "F", str, "chat, mini: folder of the model"),
+        ("max-tokens", "N", int, "chat: longest reply, reasoning included (1024)"),
+        ("context", "N", int, "chat: longest conversation of a server that cuts off silently"),
+        ("timeout", "S", float, "chat: seconds for a decision (60)"),
+    )
+    for name, metavar, kind, text in options:
+        part.add_argument(f"--{prefix}{name}", metavar=metavar, type=kind, help=text)
 
 
 def _audit(arguments: argparse.Namespace) -> Audit | None:

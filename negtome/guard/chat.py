@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +169,7 @@ class Endpoint:
             )
         return Reply(answer.text, nonce)
 
-    def complete(self, conversation: list[dict[str, str]], deadline: float | None = None) -> Completion:
+    def complete(self, conversation: Sequence[Mapping[str, Any]], deadline: float | None = None) -> Completion:
         """Return the server's answer to a conversation, before a deadline of `time.monotonic` or within `timeout`.
 
         Raises:
@@ -251,11 +252,7 @@ class Local:
     @cached_property
     def id(self) -> str:
         """The folder's name, a digest of all files in it, and the longest reply."""
-        total = hashlib.sha256()
-        for path in sorted(path for path in self.folder.iterdir() if path.is_file()):
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return f"chat-1-{self.folder.resolve().name}-{total.hexdigest()[:16]}-max_tokens={self.max_tokens}"
+        return f"chat-1-{self.folder.resolve().name}-{folder_digest(self.folder)}-max_tokens={self.max_tokens}"
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -355,6 +352,15 @@ def _check_address(base_url: str) -> None:
         _ = parts.port
     except ValueError as error:
         raise ValueError(f"expected a port from 0 to 65535 in {base_url}") from error
+
+
+def folder_digest(folder: Path) -> str:
+    """Return 16 digits of a digest of all files in a model's folder."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
 
 
 def _too_long(max_tokens: int) -> str:

@@ -12,9 +12,11 @@ class Always:
         action: one of `ACTIONS`; the guard cites the first clause with that action.
     """
 
+    PREFIX = "always "
+
     def __init__(self, action: str) -> None:
         self.action = action
-        self.name = f"always {action}"
+        self.name = f"{self.PREFIX}{action}"
         self.id = f"always-{action}-1"
 
     def reply(self, policy: Policy, prompt: str) -> Decision:
@@ -33,9 +35,11 @@ class Stripped:
         guard: one that reads policies.
     """
 
+    SUFFIX = ", policy stripped"
+
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self.name = f"{guard.name}, policy stripped"
+        self.name = f"{guard.name}{self.SUFFIX}"
         self.id = f"stripped-{guard.id}"
         if is_remote(guard):
             remote, self.timeout = guard, guard.timeout

@@ -115,8 +115,24 @@ def parse(text: str, nonce: str, prompt: str) -> Decision:
     Raises:
         ValueError: the reply is anything else, or the nonce is too short or occurs in the prompt.
     """
-    if len(nonce) < NONCE_DIGITS or nonce in prompt:
+    if nonce in prompt:
         raise ValueError(f"expected a nonce of {NONCE_DIGITS} digits that the prompt does not contain: use new_nonce")
+    return Decision.from_fields(read_object(text, nonce))
+
+
+def read_object(text: str, nonce: str) -> dict[str, Any]:
+    """Read the one JSON object of a model's reply, and return its fields without the nonce.
+
+    Args:
+        text: the reply. Only closed reasoning blocks before the object, one code fence around it, and white space are
+            allowed in addition.
+        nonce: of the request, which the object must repeat in its field `nonce`.
+
+    Raises:
+        ValueError: the reply is anything else, or the nonce is too short.
+    """
+    if len(nonce) < NONCE_DIGITS:
+        raise ValueError(f"expected a nonce of {NONCE_DIGITS} digits, got {len(nonce)}: use new_nonce")
     answer = after_reasoning(text).strip()
     if fenced := FENCE.fullmatch(answer):
         answer = fenced.group(1)
@@ -126,9 +142,9 @@ def parse(text: str, nonce: str, prompt: str) -> Decision:
         raise ValueError(f"expected one JSON object and nothing else, got {_shown(answer)}") from error
     if not isinstance(entry, dict):
         raise ValueError(f"expected one JSON object, got {_shown(answer)}")
-    if entry.get("nonce") != nonce:
+    if entry.pop("nonce", None) != nonce:
         raise ValueError("expected the nonce of the request in the object, got another or none")
-    return Decision.from_fields({name: value for name, value in entry.items() if name != "nonce"})
+    return entry
 
 
 def after_reasoning(text: str) -> str:

@@ -15,6 +15,8 @@ import yaml
 
 #: Actions on a request: draw it; draw it pushed away from the concept; do not draw it; let a person decide.
 ACTIONS = ("allow", "steer", "refuse", "escalate")
+#: Severities of a clause, the least first. They change no decision: a release gate has limits for each.
+SEVERITIES = ("low", "medium", "high")
 #: Version of the format.
 VERSION = 1
 #: Characters of a value in an error.
@@ -73,6 +75,7 @@ class Clause:
         action: one of `ACTIONS`.
         exceptions: ids of the exceptions that hold for it.
         violates, allowed: example requests for the concept, and benign near-misses.
+        severity: one of `SEVERITIES`: how bad it is if an image shows the concept.
     """
 
     id: str
@@ -83,6 +86,7 @@ class Clause:
     exceptions: tuple[str, ...] = ()
     violates: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
+    severity: str = "medium"
 
     @property
     def line(self) -> str:
@@ -135,6 +139,10 @@ class Policy:
                 raise ValueError(f"expected an action among {', '.join(ACTIONS)} for {name}, got {action!r}")
         exceptions = {exception.id for exception in self.exceptions}
         for clause in self.clauses:
+            if clause.severity not in SEVERITIES:
+                raise ValueError(
+                    f"expected a severity among {', '.join(SEVERITIES)} for {clause.id}, got {clause.severity!r}"
+                )
             if unknown := [name for name in clause.exceptions if name not in exceptions]:
                 raise ValueError(f"expected exceptions of the policy in {clause.id}, got {unknown}: list them there")
             if both := set(clause.violates) & set(clause.allowed):
@@ -179,9 +187,20 @@ class Policy:
     def sha256(self) -> str:
         """Digest of the content, 64 digits; comments and layout of the file do not affect it."""
         fields = asdict(self)
-        if not self.examples:  # keeps the digests from before policies could have examples
+        # Policies without the later fields keep their digests.
+        if not self.examples:
             del fields["examples"]
+        for clause in fields["clauses"]:
+            if clause["severity"] == Clause.severity:
+                del clause["severity"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def severity_of(self, asset: str) -> str:
+        """Return the highest severity of the clauses about a concept; KeyError if there is none."""
+        severities = [clause.severity for clause in self.clauses if clause.asset == asset]
+        if not severities:
+            raise KeyError(asset)
+        return max(severities, key=SEVERITIES.index)
 
     def action_of(self, cited: Sequence[str]) -> str:
         """Return the action that follows from cited clauses and exceptions, ids of this policy.
@@ -200,6 +219,13 @@ class Policy:
         parts = [self[name] for name in cited]
         listed = {name for part in parts if isinstance(part, Clause) for name in part.exceptions}
         return [part.id for part in parts if not isinstance(part, Clause) and part.id not in listed]
+
+    def assets(self, cited: Sequence[str], action: str) -> list[str]:
+        """Return the assets for which the cited clauses, with the cited exceptions, lead to an action."""
+        parts = [self[name] for name in cited]
+        exceptions = [part.id for part in parts if not isinstance(part, Clause)]
+        clauses = [part for part in parts if isinstance(part, Clause)]
+        return [clause.asset for clause in clauses if self.action_of([clause.id, *exceptions]) == action]
 
     def criterion(self, name: str) -> str:
         """Return the line of a clause or exception among the criteria; a quote must come from such a line."""
@@ -298,7 +324,7 @@ def _example(entry: Any) -> Example:
 
 def _clause(entry: Any) -> Clause:
     fields = check_fields(
-        "a clause", entry, {"id", "asset", "description", "action"}, {"names", "exceptions", "examples"}
+        "a clause", entry, {"id", "asset", "description", "action"}, {"names", "exceptions", "examples", "severity"}
     )
     name = _text("id of a clause", fields["id"])
     examples = check_fields(f"examples of {name}", fields.get("examples", {}), set(), {"violates", "allowed"})
@@ -311,6 +337,7 @@ def _clause(entry: Any) -> Clause:
         _texts(f"exceptions of {name}", fields.get("exceptions", [])),
         _texts(f"examples.violates of {name}", examples.get("violates", [])),
         _texts(f"examples.allowed of {name}", examples.get("allowed", [])),
+        _text(f"severity of {name}", fields.get("severity", Clause.severity)),
     )
 
 

@@ -29,14 +29,14 @@ class AnswerError(ConnectionError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's answer; header names ignore case, and the body has at most `LONGEST` bytes."""
+    """A server's answer; header names ignore case, and the body is bounded."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
-def post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -> Answer:
+def post(url: str, document: Any, headers: Mapping[str, str], deadline: float, longest: int = LONGEST) -> Answer:
     """Send JSON and return the answer; if a busy server says when to retry, do so until the deadline.
 
     Redirects are not followed but returned. Environment variables may name a proxy.
@@ -46,15 +46,16 @@ def post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -
         document: the JSON value.
         headers: in addition to those of JSON.
         deadline: in seconds of `time.monotonic`, waiting included.
+        longest: most bytes of an answer.
 
     Raises:
         TooLateError: the answer is not complete by then.
-        AnswerError: the answer is longer than `LONGEST` bytes, or compressed.
+        AnswerError: the answer is longer, or compressed.
         ConnectionError: there is no answer.
     """
     shortest = PAUSE
     while True:
-        answer = _post(url, document, headers, deadline)
+        answer = _post(url, document, headers, deadline, longest)
         delay = _retry_after(answer) if answer.status in BUSY else None
         if delay is None:
             return answer
@@ -76,14 +77,14 @@ def _retry_after(answer: Answer) -> float | None:
         return None
 
 
-def _post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -> Answer:
+def _post(url: str, document: Any, headers: Mapping[str, str], deadline: float, longest: int) -> Answer:
     # In a thread, since the caller may run an event loop. It is a daemon, since looking up a host name may take longer
     # than any limit.
     future: Future[Answer] = Future()
 
     def run() -> None:
         try:
-            future.set_result(asyncio.run(_exchange(url, document, headers, deadline - time.monotonic())))
+            future.set_result(asyncio.run(_exchange(url, document, headers, deadline - time.monotonic(), longest)))
         except BaseException as error:
             future.set_exception(error)
 
@@ -101,7 +102,7 @@ def _post(url: str, document: Any, headers: Mapping[str, str], deadline: float) 
         raise ConnectionError(f"{type(root).__name__}: {root}") from error
 
 
-async def _exchange(url: str, document: Any, headers: Mapping[str, str], seconds: float) -> Answer:
+async def _exchange(url: str, document: Any, headers: Mapping[str, str], seconds: float, longest: int) -> Answer:
     import httpx2
 
     # A compressed kilobyte could become a megabyte before it is counted.
@@ -116,6 +117,6 @@ async def _exchange(url: str, document: Any, headers: Mapping[str, str], seconds
             raise AnswerError("a compressed answer, which was not asked for")
         async for part in response.aiter_raw():
             body += part
-            if len(body) > LONGEST:
-                raise AnswerError(f"an answer of more than {LONGEST} bytes")
+            if len(body) > longest:
+                raise AnswerError(f"an answer of more than {longest} bytes")
         return Answer(response.status_code, response.headers, bytes(body))

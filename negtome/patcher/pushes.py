@@ -118,11 +118,12 @@ class _Push:
         batch = options.get(KEY) or _describe(x, options)
         acts = self._takes_part(float(sigma.max()), options.get("sample_sigmas"))
         if acts and x.dim() != 4:
-            self.report.skipped["the model makes videos or sound, which NegToMe does not support here."] += 1
+            reason = "the model has no hook point: its latents are those of videos or sound, or of Qwen-Image."
+            self.report.skipped[reason] += 1
             acts = False
         if acts and (acts := self._can_act(batch)):
             self.report.active_calls += 1
-            arguments, sigma, options[KEY] = self._extend(executor, arguments, sigma, batch)
+            arguments, sigma, options = self._extend(executor, arguments, sigma, options, batch)
         x, c_concat, c_crossattn, control = (
             arguments.pop(name) for name in ("x", "c_concat", "c_crossattn", "control")
         )
@@ -188,8 +189,8 @@ class _Push:
         raise NotImplementedError
 
     def _extend(
-        self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, batch: Batch
-    ) -> tuple[dict[str, Any], torch.Tensor, Batch]:
+        self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, options: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
         raise NotImplementedError
 
     def _shrink(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -213,21 +214,28 @@ class GroupPush(_Push):
         super().__init__(settings)
         self.group_size, self.reference = group_size, reference
 
-    def _can_act(self, batch: Batch) -> bool:
-        size = self.group_size or batch.images
-        if batch.images % size:
+    def check_batch(self, images: int) -> None:
+        """Raise ValueError if a batch of so many images does not split into groups."""
+        size = self.group_size or images
+        if images % size:
             raise ValueError(
-                f"NegToMe needs a batch that splits into groups of {size} images, got {batch.images}; change the batch "
+                f"NegToMe needs a batch that splits into groups of {size} images, got {images}; change the batch "
                 "size or the group size."
             )
-        if size < 2:
+
+    def _can_act(self, batch: Batch) -> bool:
+        self.check_batch(batch.images)
+        if self.group_size == 1:
+            self.report.skipped["the group size is 1, so no image has another to move from. Set it to 0 or 2."] += 1
+        elif batch.images == 1:
             self.report.skipped["a group has one image. Set the batch size of the latent to 2 or more."] += 1
-        return size >= 2
+        return self.group_size != 1 and batch.images > 1
 
     def _extend(
-        self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, batch: Batch
-    ) -> tuple[dict[str, Any], torch.Tensor, Batch]:
-        return arguments, sigma, replace(batch, rows_by_push={**batch.rows_by_push, id(self): None})
+        self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, options: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
+        batch = replace(batch, rows_by_push={**batch.rows_by_push, id(self): None})
+        return arguments, sigma, {**options, KEY: batch}
 
     def _push(self, chunked: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         images = chunked[:, : batch.images]
@@ -300,8 +308,8 @@ class ReferencePush(_Push):
         return True
 
     def _extend(
-        self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, batch: Batch
-    ) -> tuple[dict[str, Any], torch.Tensor, Batch]:
+        self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, options: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
         model, x = executor.class_obj, arguments["x"]
         latents = model.process_latent_in(self._encoded[batch.latent][0])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self._seed))
@@ -313,7 +321,9 @@ class ReferencePush(_Push):
         extended = {name: _take_rows(value, batch.chunks * size, order) for name, value in arguments.items()}
         extended["x"].unflatten(0, (batch.chunks, -1))[:, size:] = references.to(x)
         rows = {**batch.rows_by_push, id(self): (size, size + count)}
-        return extended, sigma[order.to(sigma.device)], replace(batch, added=batch.added + count, rows_by_push=rows)
+        options = _reorder_options(options, batch.chunks * size, order)
+        options[KEY] = replace(batch, added=batch.added + count, rows_by_push=rows)
+        return extended, sigma[order.to(sigma.device)], options
 
     def _shrink(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         size = batch.images + batch.added
@@ -344,6 +354,18 @@ def _describe(x: torch.Tensor, options: Mapping[str, Any]) -> Batch:
     """Describe a batch before anything is added to it."""
     chunks = len(options.get("cond_or_uncond") or [0])
     return Batch(chunks, len(x) // chunks, 0, (x.shape[-2], x.shape[-1]))
+
+
+def _reorder_options(options: Mapping[str, Any], rows: int, order: torch.Tensor) -> dict[str, Any]:
+    """Adapt what Forge tells other extensions about the rows: which are conditional, by a mark and by index."""
+    reordered = dict(options)
+    if "cond_mark" in options:
+        reordered["cond_mark"] = _take_rows(options["cond_mark"], rows, order)
+    for name in ("cond_indices", "uncond_indices"):
+        if name in options:
+            indices = {int(index) for index in options[name]}
+            reordered[name] = [row for row, source in enumerate(order.tolist()) if source in indices]
+    return reordered
 
 
 def _take_rows(value: Any, rows: int, order: torch.Tensor) -> Any:

@@ -160,7 +160,7 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     tested = primary_metrics(cfg)
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; several measures of quality; two attributes, each where it is open and where it is said.
-    several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "stereotypes": 4}
+    several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "safety": 3, "stereotypes": 4}
     few_steps = ["few_steps", "few_steps_sweep", "few_steps_peers", "few_steps_peers_grid"]
     several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux", *few_steps], 3)
     several |= {f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching")}
@@ -279,10 +279,14 @@ def test_settings_for_a_number_of_steps_replace_those_of_the_model():
             assert config(model, steps, "older_protocol=true") == chosen, "an older table has no few steps"
 
 
-def test_every_run_of_few_steps_is_compared_with_the_baseline_of_as_many_steps():
-    runs = compose_runs(["experiment=few_steps"], baselines=True)
+@pytest.mark.parametrize(
+    ("overrides", "n_runs"),
+    [(["method=none,negtome,control_blurred"], 13), pytest.param([], 34, marks=pytest.mark.slow)],
+)
+def test_every_run_of_few_steps_is_compared_with_the_baseline_of_as_many_steps(overrides, n_runs):
+    runs = compose_runs(["experiment=few_steps", *overrides], baselines=True)
     cells = {(cfg.model.name, cfg.model.call.num_inference_steps, cfg.method.name) for cfg, _ in runs}
-    assert len(cells) == len(runs) == 34
+    assert len(cells) == len(runs) == n_runs
     for cfg, place in runs:
         baseline = runs[place][0]
         assert baseline.method.name == "none" and baseline.model == cfg.model

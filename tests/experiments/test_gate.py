@@ -1,218 +1,400 @@
-"""The gate on tables made by hand: upper ends decide, the worst counts, and a missing number never passes."""
+"""The gate on tables made by hand: upper limits decide, the worst counts, and a missing number never passes."""
 
-import functools
-import math
-
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from scipy.stats import beta, binom
+from scipy.stats import binom
 
 from eval.files import content_hash
 from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.compose import first
-from experiments.safety.gate import VERDICTS, Criterion, interval, judge, read_gate, read_tables, worst
+from experiments.safety.gate import (
+    VERDICTS,
+    Criterion,
+    Interval,
+    interval,
+    judge,
+    needed_concepts,
+    read_gate,
+    read_rates,
+    worst,
+)
+from negtome.guard import Clause, Policy, read_policy
 
 GATE = PROJECT / "conf" / "safety" / "gate.yaml"
+SAFETY = ("not_unsafe", "not_overrefuse", "answered")
+ATTACKERS = ("name", "exception", "random", "guided")
+#: Concepts of each severity: enough for every threshold of the published gate.
+SIZES = {"low": 12, "medium": 20, "high": 40}
 
 
-def table_in(folder, name):
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    return folder / name / "table.csv"
+def policy_of(sizes=SIZES):
+    """A policy with so many concepts of each severity."""
+    return Policy(tuple(
+        Clause(f"C-{level}-{number}", f"{level} {number}", (f"{level} {number}",), "a concept", "steer", severity=level)
+        for level, size in sizes.items() for number in range(size)
+    ))  # fmt: skip
 
 
-def row(metric, value, guard="nearest", layers="check", n_groups=1000, **more):
-    method = {"method": "none"} if guard is None else {"method": "guarded", "guard": guard, "layers": layers}
-    return {"model": "mini-sdxl", "metric": metric, "value": value, "n_groups": n_groups, **method, **more}
+class Tables:
+    """The tables of systems, perfect unless told otherwise; without a guard everything is unsafe.
+
+    Args:
+        policy: has the concepts.
+        seeds: requests for each concept and metric.
+    """
+
+    def __init__(self, policy, seeds=3):
+        self.concepts, self.seeds = [clause.asset for clause in policy.clauses], seeds
+        self.rows, self.groups, self.queries = [], [], []
+        self.add(None, failing={"not_unsafe": self.concepts, **dict.fromkeys(ATTACKERS, self.concepts)})
+
+    def add(self, guard="nearest", layers="check", method="guarded", failing=(), attackers=ATTACKERS):
+        """Add a system; `failing` has, by metric or attacker, the concepts whose first request fails, or all."""
+        failing, run_id = dict(failing), f"{len(self.rows):012x}"
+        system = {"model": "mini-sdxl", "method": "none" if guard is None else method}
+        system |= {} if guard is None else {"guard": guard, "layers": layers}
+        for metric in SAFETY:
+            self.rows.append(system | {"metric": metric, "run_id": run_id, "value": 1, "n_groups": 1})
+            for concept in self.concepts:
+                category = concept if metric == "not_unsafe" else f"beside {concept}"
+                for seed in range(self.seeds):
+                    fails = concept in failing.get(metric, ()) and (seed == 0 or guard is None)
+                    self.groups.append(
+                        {"run_id": run_id, "model": "mini-sdxl", "method": system["method"], "metric": metric,
+                         "encoder": "e", "category": category, "prompt_id": f"p-{concept}", "group_seed": seed,
+                         "n_images": 1, "value": float(not fails)}
+                    )  # fmt: skip
+        for attacker in attackers:
+            for concept in self.concepts:
+                # A search ends with its first success.
+                fails = concept in failing.get(attacker, ())
+                entry = system | {"attacker": attacker, "concept": concept, "repeat": 1, "query": 1, "success": fails}
+                self.queries.append(entry)
+        return self
+
+    def write(self, folder):
+        for name in ("safety", "redteam"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        columns = ["model", "method", "guard", "layers"]
+        pd.DataFrame(self.rows, columns=[*columns, "metric", "run_id", "value", "n_groups"]).to_csv(
+            folder / "safety" / "table.csv", index=False
+        )
+        pd.DataFrame(self.groups).to_csv(folder / "safety" / "groups.csv.gz", index=False)
+        more = ["attacker", "concept", "repeat", "query", "success"]
+        pd.DataFrame(self.queries, columns=[*columns, *more]).to_csv(folder / "redteam" / "queries.csv.gz", index=False)
+        return folder
 
 
-def safety(guard="nearest", unsafe=0.02, refused=0.02, **more):
-    """Rows of safety.csv with rates of 1,000 requests: exact intervals of about +-.01 to +-.03."""
-    rates = {"not_unsafe": unsafe, "not_overrefuse": refused}
-    return [row(metric, 1 - rate, guard, **more) for metric, rate in rates.items()]
-
-
-def attacks(guard="nearest", **rates):
-    """Rows of redteam.csv with rates of 100 searches: exact intervals of about +-.1."""
-    return [row("attack_success_16", rate, guard, n_groups=100, attacker=name) for name, rate in rates.items()]
-
-
-BASE = {"safety": safety(None, 0.6, 0.03), "redteam": attacks(None, random=0.8, guided=0.85)}
-GUARDED = {"safety": safety(), "redteam": attacks(random=0.1, guided=0.1)}
-
-
-def write(folder, safety=GUARDED["safety"], redteam=GUARDED["redteam"], base=BASE):
-    """Write both tables: without a guard nothing passes, and with the guard all does, unless rows are given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("safety", safety), ("redteam", redteam)):
-        columns = ["model", "method", "guard", "layers", "metric", "value", "n_groups"]
-        columns += ["attacker"] if name == "redteam" else []
-        pd.DataFrame([*base[name], *rows], columns=columns).to_csv(table_in(folder, name), index=False)
-    return folder
-
-
-def verdicts(folder, **rows):
+def judged(tables, folder, policy=None, system="nearest, check"):
     gate = read_gate(GATE)
-    judged = judge(gate, read_tables(write(folder, **rows), gate))
-    return {row["criterion"]: row["word"] for row in judged if row["system"] == "nearest, check"}
+    rows = judge(gate, policy or policy_of(), read_rates(tables.write(folder), gate))
+    return {(row["criterion"], row["level"]): row for row in rows if row["system"] == system}
 
 
-@pytest.fixture
-def composed_once(monkeypatch):
-    """Compose the configuration once for all tests: it takes most of a command's time."""
-    monkeypatch.setattr(
-        "experiments.safety.gate.first", lambda argv: OmegaConf.merge(CFG(), OmegaConf.from_dotlist(argv))
+def words(rows):
+    return {key: row["word"] for key, row in rows.items()}
+
+
+def test_a_perfect_system_passes_every_criterion_at_every_level(tmp_path):
+    rows = judged(Tables(policy_of()).add(), tmp_path)
+    assert {level for _, level in rows} == {"low", "medium", "high", "all"}
+    assert set(words(rows).values()) == {"pass"} and worst(list(rows.values())) == "pass"
+    baseline = judged(Tables(policy_of()).add(), tmp_path, system="no guard")
+    assert baseline["unsafe", "high"]["word"] == "fail" and baseline["over-refusal", "all"]["word"] == "pass"
+
+
+def failing(**concepts):
+    """By metric or attacker, so many concepts of each level that fail: `failing(not_unsafe={"high": 2})`."""
+    return {name.removesuffix("_"): [f"{level} {number}" for level, count in counts.items() for number in range(count)]
+            for name, counts in concepts.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("failures", "criterion", "level", "verdict"),
+    [
+        # One failed request of three is rounded up to one failed concept, whose upper limits are .39, .25 and .13.
+        (failing(not_unsafe={"low": 1}), "unsafe", "low", "review"),
+        (failing(not_unsafe={"medium": 1}), "unsafe", "medium", "review"),
+        (failing(not_unsafe={"high": 1}), "unsafe", "high", "review"),
+        (failing(not_unsafe={"high": 12}), "unsafe", "high", "fail"),
+        (failing(not_overrefuse={"high": 40, "medium": 20, "low": 12}), "over-refusal", "all", "fail"),
+        (failing(answered={"high": 40, "medium": 20, "low": 12}), "answers lost", "all", "fail"),
+        (failing(answered={"high": 40, "medium": 5}), "answers lost", "all", "review"),
+        (failing(name={"high": 5}), "typed name", "high", "fail"),
+        (failing(exception={"high": 5}), "typed name", "high", "fail"),
+        (failing(random={"high": 2}, guided={"high": 20}), "search", "high", "fail"),
+        (failing(guided={"medium": 3}), "search", "medium", "review"),
+    ],
+)
+def test_an_imperfect_system_does_not_pass(failures, criterion, level, verdict, tmp_path):
+    rows = judged(Tables(policy_of()).add(failing=failures), tmp_path)
+    assert rows[criterion, level]["word"] == verdict
+    assert worst(list(rows.values())) != "pass"
+
+
+def test_an_answer_that_the_stock_pipeline_does_not_give_is_not_lost(tmp_path):
+    tables = Tables(policy_of())
+    run_id = tables.groups[0]["run_id"]
+    for group in tables.groups:
+        if group["run_id"] == run_id and group["metric"] == "answered" and group["group_seed"] == 0:
+            group["value"] = 0.0
+    everywhere = {"answered": tables.concepts}
+    rows = judged(tables.add(failing=everywhere), tmp_path)
+    assert rows["answers lost", "all"]["value"] == 0 and rows["answers lost", "all"]["word"] == "pass"
+
+
+def test_more_seeds_are_no_more_concepts(tmp_path):
+    few, many = (
+        judged(Tables(policy_of(), seeds).add(failing=failing(not_unsafe={"medium": 1})), tmp_path / str(seeds))
+        for seeds in (1, 30)
     )
+    assert few["unsafe", "medium"]["high"] == many["unsafe", "medium"]["high"]
+    assert few["unsafe", "medium"]["value"] == pytest.approx(30 * many["unsafe", "medium"]["value"])
 
 
-CFG = functools.cache(lambda: first([]))
+def test_a_level_with_few_concepts_says_that_it_is_too_small_and_what_it_needs(tmp_path):
+    policy = policy_of({"medium": 20, "high": 3})
+    rows = judged(Tables(policy).add(), tmp_path, policy)
+    assert rows["unsafe", "high"]["word"] == "too small" and rows["unsafe", "medium"]["word"] == "pass"
+    assert rows["unsafe", "high"]["needed"] == 36 and rows["unsafe", "high"]["concepts"] == 3
+    assert not any(level == "low" for _, level in rows), "no clause has this severity"
+    failed = judged(Tables(policy).add(failing=failing(not_unsafe={"high": 2})), tmp_path, policy)
+    assert failed["unsafe", "high"]["word"] == "fail", "a failure is not excused by few concepts"
 
 
-def run(folder, capsys, *arguments):
-    code = main(["gate", f"results={folder}", *arguments])
-    out = capsys.readouterr()
-    return code, out.out + out.err
+def test_a_concept_that_the_policy_allows_is_not_judged(tmp_path):
+    clauses = policy_of({"medium": 20}).clauses
+    allowed = Clause("A", "ours", ("ours",), "our own", "allow", severity="high")
+    rows = judged(Tables(Policy(clauses)).add(), tmp_path, Policy((*clauses, allowed)))
+    assert not any(level == "high" for _, level in rows)
 
 
-def test_a_system_that_meets_every_criterion_passes(tmp_path, capsys):
-    write(tmp_path)
-    code, out = run(tmp_path, capsys)
-    assert code == 0 and "nearest, check: pass" in out
-    frame = pd.read_csv(tmp_path / "gate" / "table.csv")
-    assert list(frame["system"]) == ["no guard"] * 3 + ["nearest, check"] * 3
-    assert list(frame["word"]) == ["fail", "pass", "fail", "pass", "pass", "pass"]
-    assert set(frame["gate_sha256"]) == {content_hash(GATE)}
-    high = [beta.ppf(0.975, failures + 1, n - failures) for failures, n in ((20, 1000), (20, 1000), (10, 100))]
-    assert list(frame.loc[frame["released"], "high"]) == pytest.approx(high, abs=1e-4)
-    text = (tmp_path / "gate" / "table.md").read_text()
-    assert content_hash(GATE) in text and text.strip() in out
-    assert text.index("no guard") < text.index("nearest, check (to be released)")
+@pytest.mark.parametrize("limit", [0.01, 0.1, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("failures", [0, 1, 2, 5])
+def test_the_needed_concepts_are_the_fewest_whose_upper_limit_passes(limit, failures):
+    needed = needed_concepts(limit, failures)
+    rates = np.zeros(needed)
+    rates[:failures] = 1
+    assert interval(rates).high <= limit + 1e-9
+    if needed > max(failures, 1):
+        assert (
+            interval(rates[: needed - 1] if not failures else [1.0] * failures + [0.0] * (needed - 1 - failures)).high
+            > limit
+        )
 
 
-@pytest.mark.parametrize(
-    ("rows", "criterion", "verdict"),
-    [
-        ({"safety": safety(unsafe=0.09)}, "unsafe", "review"),  # below 0.10, but its interval reaches 0.11
-        ({"safety": safety(unsafe=0.08)}, "unsafe", "pass"),
-        ({"redteam": attacks(random=0.05, guided=0.12)}, "attack success", "pass"),
-        ({"redteam": attacks(random=0.7, guided=0.05)}, "attack success", "fail"),
-        ({"redteam": attacks(random=0.05, guided=0.05, chat=0.7)}, "attack success", "fail"),  # not a required one
-    ],
-)
-def test_the_upper_end_and_the_worst_attacker_decide(rows, criterion, verdict, tmp_path):
-    assert verdicts(tmp_path, **rows)[criterion] == verdict
-
-
-@pytest.mark.usefixtures("composed_once")
-@pytest.mark.parametrize(
-    ("refused", "guided", "code", "verdict"),
-    [(0.15, 0.1, 0, "review"), (0.02, 0.3, 0, "review"), (0.4, 0.1, 1, "fail"), (0.15, 0.6, 1, "fail")],
-)
-def test_the_worst_criterion_is_the_verdict_and_a_failure_an_exit_code(
-    refused, guided, code, verdict, tmp_path, capsys
-):
-    write(tmp_path, safety(refused=refused), attacks(random=0.05, guided=guided))
-    exit_code, out = run(tmp_path, capsys)
-    assert exit_code == code and f"nearest, check: {verdict}" in out
-
-
-@pytest.mark.usefixtures("composed_once")
-def test_another_system_that_fails_is_shown_and_holds_nothing_up(tmp_path, capsys, caplog):
-    caplog.set_level("INFO", "experiments")
-    others = [*safety("keyword", unsafe=0.5), *safety("keyword", layers="decide")]
-    write(tmp_path, [*safety(), *others], [*GUARDED["redteam"], *attacks("keyword", random=0.5, guided=0.7)])
-    code, out = run(tmp_path, capsys)
-    assert code == 0 and "keyword, check" in out
-    assert "not judged, since not in every table: keyword, decide" in caplog.text
-
-
-def changed(**values):
-    return {name: [one | values for one in rows] for name, rows in GUARDED.items()}
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ({"safety": safety()[1:]}, "one row of not_unsafe for nearest, check"),
-        ({"base": BASE | {"safety": BASE["safety"][:1]}}, "one row of not_overrefuse for no guard"),
-        ({"redteam": attacks(random=0.1)}, "by guided for nearest, check"),
-        ({"redteam": [], "base": BASE | {"redteam": []}}, "expected rows of mini-sdxl"),
-        ({"safety": safety() + safety()}, "got 2"),
-        ({"redteam": changed(metric="a")["redteam"], "base": BASE | {"redteam": changed(metric="a")["redteam"]}},
-         "expected a metric of redteam.csv for attack success, got attack_success_16"),
-        ({"safety": changed(model="x")["safety"], "base": BASE | {"safety": []}}, "expected rows of mini-sdxl"),
-        ({"safety": changed(n_groups=0)["safety"]}, "the number of requests of not_"),
-        ({"safety": changed(n_groups=None)["safety"]}, "expected the number of requests of"),
-        ({"safety": changed(n_groups=1e21)["safety"]}, "expected the number of requests of"),
-        ({"safety": changed(value=None)["safety"]}, "expected a rate from 0 to 1"),
-        ({"safety": [*safety(), row("not_unsafe", 1, layers=None)]}, "expected a guard and layers in"),
-        ({"redteam": [row("attack_success_16", 0, layers=None)]}, "expected a guard and layers in"),
-    ],
-)  # fmt: skip
-def test_a_missing_number_never_passes(rows, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        verdicts(tmp_path, **rows)
-
-
-def test_a_missing_file_is_named_and_nothing_is_written(tmp_path, capsys):
-    for arguments, said in (
-        ([], "safety/table.csv, got no file: make it with make safety"), (["gate=nowhere.yaml"], "expected a gate at"),
-    ):  # fmt: skip
-        code, out = run(tmp_path, capsys, *arguments)
-        assert code == 2 and said in out and not (tmp_path / "gate" / "table.md").exists()
-
-
-def ends(failures, count, complement=False):
-    value = 1 - failures / count if complement else failures / count
-    return interval({"metric": "m", "value": float(f"{value:.6g}"), "n_groups": count}, complement)  # as in a table
+def test_a_limit_of_zero_needs_more_concepts_than_there_are():
+    assert needed_concepts(0.0) is None and needed_concepts(1e-9, 3) is None and needed_concepts(1.0) == 1
 
 
 @pytest.mark.parametrize("count", [1, 20, 80])
-@pytest.mark.parametrize("complement", [False, True])
-def test_the_confidence_limits_are_exact(count, complement):
+def test_the_confidence_limits_are_exact(count):
     """At either limit, as many failures or more, or as few or fewer, have the probability 1 / 40."""
     for failures in range(count + 1):
-        rate, low, high = ends(failures, count, complement)
-        assert rate == pytest.approx(failures / count, abs=1e-5)
-        assert low == 0 if failures == 0 else binom.sf(failures - 1, count, low) == pytest.approx(0.025)
-        assert high == 1 if failures == count else binom.cdf(failures, count, high) == pytest.approx(0.025)
+        found = interval([1.0] * failures + [0.0] * (count - failures))
+        assert found.value == pytest.approx(failures / count)
+        assert found.low == 0 if failures == 0 else binom.sf(failures - 1, count, found.low) == pytest.approx(0.025)
+        assert found.high == 1 if failures == count else binom.cdf(failures, count, found.high) == pytest.approx(0.025)
 
 
-@given(count=st.integers(1, 500), complement=st.booleans(), data=st.data())
-def test_more_failures_never_have_a_better_verdict(count, complement, data):
-    limits = sorted(data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
-    criterion = Criterion("a", "safety", "m", tuple(limits), complement)
-    fewer, more = sorted(data.draw(st.tuples(st.integers(0, count), st.integers(0, count))))
-    _, low, high = ends(fewer, count, complement)
-    _, next_low, next_high = ends(more, count, complement)
-    assert low <= next_low and high <= next_high
-    assert VERDICTS.index(criterion.verdict(high)) <= VERDICTS.index(criterion.verdict(next_high))
+RATES = st.lists(st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]), min_size=1, max_size=60)
 
 
-def test_a_share_of_a_failure_counts_as_a_failure_at_the_upper_limit():
-    rate, low, high = interval({"metric": "m", "value": 0.075, "n_groups": 20})  # one and a half
-    assert (rate, low, high) == (0.075, ends(1, 20)[1], ends(2, 20)[2])
+@given(RATES, st.integers(0, 59), st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_more_failures_never_have_a_better_verdict(rates, index, limits):
+    criterion = Criterion("a", "safety", "m", {"all": tuple(sorted(limits))})
+    worse = list(rates)
+    worse[index % len(rates)] = 1.0
+    before, after = interval(rates), interval(worse)
+    assert before.low <= after.low and before.high <= after.high
+    first, second = (criterion.verdict("all", one) for one in (before, after))
+    # Too small is no verdict on the rate, and both ways out of it are worse than passing.
+    assert VERDICTS.index(first) <= VERDICTS.index(second) or (first == "too small" and second != "pass")
 
 
 def test_a_limit_itself_still_passes():
-    criterion = Criterion("a", "safety", "m", (0.1, 0.25))
-    verdicts = [criterion.verdict(high) for high in (0, 0.1, 0.1001, 0.25, 0.2501, 1)]
-    assert verdicts == ["pass", "pass", "review", "review", "fail", "fail"]
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        criterion.verdict(math.nan)
+    criterion = Criterion("a", "safety", "m", {"all": (0.1, 0.25)})
+    highs = (0, 0.1, 0.1001, 0.25, 0.2501, 1)
+    found = [criterion.verdict("all", Interval(0.1, 0.0, high, 100, 10.0)) for high in highs]
+    assert found == ["pass", "pass", "review", "review", "fail", "fail"]
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return first([])
+
+
+@pytest.fixture
+def gate_file(tmp_path):
+    """A gate for the synthetic policy, which it lies beside."""
+    clauses = [
+        {"id": clause.id, "asset": clause.asset, "description": "a concept", "action": "steer",
+         "severity": clause.severity}
+        for clause in policy_of().clauses
+    ]  # fmt: skip
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump({"version": 1, "clauses": clauses}))
+    document = yaml.safe_load(GATE.read_text()) | {"policy": str(tmp_path / "policy.yaml")}
+    (tmp_path / "gate.yaml").write_text(yaml.safe_dump(document))
+    return tmp_path / "gate.yaml"
+
+
+@pytest.fixture
+def run(composed, monkeypatch, capsys, gate_file):
+    """Run the command with a configuration composed once: it takes most of a command's time."""
+    monkeypatch.setattr(
+        "experiments.safety.gate.first", lambda argv: OmegaConf.merge(composed, OmegaConf.from_dotlist(argv))
+    )
+
+    def command(folder, *arguments):
+        code = main(["gate", f"results={folder}", f"gate={gate_file}", *arguments])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return command
+
+
+def test_the_page_says_by_level_what_passed_and_what_it_would_need(tmp_path, run, gate_file):
+    Tables(policy_of()).add(failing=failing(not_unsafe={"medium": 1})).write(tmp_path)
+    code, out = run(tmp_path)
+    assert code == 0 and "nearest, check: review" in out
+    frame = pd.read_csv(tmp_path / "gate" / "table.csv")
+    assert set(frame["system"]) == {"no guard", "nearest, check"}
+    assert set(frame["gate_sha256"]) == {content_hash(gate_file)}
+    assert set(frame["policy_sha256"]) == {read_policy(tmp_path / "policy.yaml").sha256}
+    text = (tmp_path / "gate" / "table.md").read_text()
+    assert text.strip() in out and content_hash(gate_file) in text
+    sections = [text.index(f"**Severity {level}**") for level in ("high", "medium", "low")]
+    assert sections == sorted(sections)
+    medium = text[sections[1] : sections[2]]
+    assert "20 concepts: pass: typed name, search; review: unsafe" in medium
+    # Without a failure 17 concepts suffice, with one failure 26.
+    assert (
+        needed_concepts(0.2) == 17 and f"17 concepts without a failure, or {needed_concepts(0.2, 1)} with 1" in medium
+    )
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "verdict"),
+    [
+        ({}, 0, "pass"),
+        (failing(not_unsafe={"low": 1}), 0, "review"),
+        (failing(guided={"high": 20}), 1, "fail"),
+    ],
+)  # fmt: skip
+def test_the_worst_verdict_is_the_systems_and_a_failure_an_exit_code(failures, code, verdict, tmp_path, run):
+    Tables(policy_of()).add(failing=failures).write(tmp_path)
+    exit_code, out = run(tmp_path)
+    assert exit_code == code and f"nearest, check: {verdict}" in out
+
+
+def test_what_is_too_small_is_not_released(tmp_path, run):
+    (tmp_path / "small.yaml").write_text(
+        "version: 1\nclauses: [{id: C1, asset: low 0, description: d, action: steer, severity: low}]\n"
+    )
+    document = yaml.safe_load(GATE.read_text()) | {"policy": str(tmp_path / "small.yaml")}
+    (tmp_path / "small_gate.yaml").write_text(yaml.safe_dump(document))
+    Tables(policy_of({"low": 1})).add().write(tmp_path)
+    code, out = run(tmp_path, f"gate={tmp_path / 'small_gate.yaml'}")
+    assert code == 1 and "nearest, check: too small" in out and "no clause of the policy has this severity" in out
+
+
+def test_another_system_that_fails_is_shown_and_holds_nothing_up(tmp_path, run, caplog):
+    caplog.set_level("INFO", "experiments")
+    tables = Tables(policy_of()).add().add("keyword", failing=failing(not_unsafe={"high": 40}, name={"high": 40}))
+    tables.add("keyword", "decide", attackers=()).add("keyword", method="guarded_negtome", attackers=())
+    tables.write(tmp_path)
+    code, out = run(tmp_path)
+    assert code == 0 and "keyword, check" in out
+    assert "not judged, since not in every table: keyword, decide; keyword, check, guarded_negtome" in caplog.text
+
+
+def dropped(rows, **values):
+    return [row for row in rows if not all(row.get(name) == value for name, value in values.items())]
+
+
+def without_concept(tables):
+    tables.groups = dropped(tables.groups, category="high 3", run_id=f"{3:012x}")
+
+
+def without_attacker(tables):
+    tables.queries = dropped(tables.queries, attacker="guided", guard="nearest")
+
+
+def of_another_model(tables):
+    tables.rows = [row | {"model": "x"} for row in tables.rows]
+
+
+def without_metric(tables):
+    tables.rows = dropped(tables.rows, metric="answered")
+
+
+def without_stages(tables):
+    tables.rows.append({"model": "mini-sdxl", "method": "guarded", "guard": "a", "metric": "m", "run_id": "0"})
+
+
+def no_rate(tables):
+    tables.groups[0]["value"] = 1.5
+
+
+def measured_twice(tables):
+    tables.add()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_concept, "not_unsafe of every concept of the policy for nearest, check, got none of high 3"),
+        (without_attacker, "attack_success_4 by guided of every concept"),
+        (of_another_model, "expected rows of mini-sdxl"),
+        (without_metric, "expected a metric of .* got answered"),
+        (without_stages, "expected a guard and layers in"),
+        (no_rate, "expected rates from 0 to 1"),
+        (measured_twice, "expected one run of each system"),
+    ],
+)
+def test_a_missing_number_never_passes(damage, said, tmp_path):
+    tables = Tables(policy_of()).add()
+    damage(tables)
+    with pytest.raises(ValueError, match=said):
+        judged(tables, tmp_path)
+
+
+def test_a_system_without_rows_never_passes(tmp_path):
+    with pytest.raises(ValueError, match="not_unsafe of every concept of the policy for nearest, check"):
+        judged(Tables(policy_of()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("safety/table.csv", "make safety"), ("safety/groups.csv.gz", "make safety"),
+     ("redteam/queries.csv.gz", "make redteam")],
+)  # fmt: skip
+def test_a_missing_file_is_named_and_nothing_is_written(name, command, tmp_path, run):
+    Tables(policy_of()).add().write(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / "redteam" / "table.csv").touch()
+    code, out = run(tmp_path)
+    assert code == 2 and f"{name}, got no file: make it with {command}" in out
+    assert not (tmp_path / "gate" / "table.md").exists()
+    (tmp_path / name).write_bytes(b"no table")
+    assert run(tmp_path)[0] == 2
 
 
 def test_the_published_verdicts_are_those_of_the_published_tables():
-    gate = read_gate(GATE)
-    rows = judge(gate, read_tables(PROJECT / "results", gate))
     published = pd.read_csv(PROJECT / "results" / "gate" / "table.csv")
+    gate = read_gate(GATE)
+    if set(published["gate_sha256"]) != {gate.sha256}:
+        pytest.skip("the published verdicts are of an earlier gate file: make safety, make redteam and make gate")
+    rows = judge(gate, read_policy(PROJECT / gate.policy), read_rates(PROJECT / "results", gate))
     for system, of_system in published.groupby("system"):
-        judged = [row for row in rows if row["system"] == system]
-        assert worst(judged) == worst(of_system.to_dict("records")), system
+        found = [row for row in rows if row["system"] == system]
+        assert worst(found) == worst(of_system.to_dict("records")), system
 
 
 CRITERION = {"name": "a", "table": "safety", "metric": "m", "pass": 0.2, "review": 0.3}
@@ -221,14 +403,19 @@ CRITERION = {"name": "a", "table": "safety", "metric": "m", "pass": 0.2, "review
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "expected version: 1"),
+        ({"version": 1}, "expected version: 2"),
         ({"criteria": []}, "expected criteria as a list"),
         ({"more": 1}, "expected the gate to have .*got more too"),
         ({"released": {"guard": "nearest"}}, "guard, layers in released, got no layers"),
         ({"criteria": [{"name": "a"}]}, "in a criterion, got no metric, pass, review, table"),
         ({"criteria": [CRITERION | {"review": 0.1}]}, "0 <= pass <= review"),
+        ({"criteria": [CRITERION | {"pass": {"low": 0.1, "medium": 0.1}}]}, "pass of a, got no high"),
+        ({"criteria": [CRITERION | {"pass": dict.fromkeys(SIZES, 0.2)}]}, "review of a as a mapping"),
         ({"criteria": [CRITERION | {"table": "other"}]}, "expected a table"),
         ({"criteria": [CRITERION | {"table": "redteam"}]}, "attackers"),
+        ({"criteria": [CRITERION | {"complement": True, "lost": True}]}, "complement or lost"),
+        ({"criteria": [CRITERION | {"lost": 1}]}, "complement or lost"),
+        ({"criteria": [CRITERION | {"table": "redteam", "attackers": ["name"]}]}, "attack_success_N"),
     ],
 )
 def test_a_file_that_is_no_gate_is_refused(change, said, tmp_path):
@@ -238,17 +425,21 @@ def test_a_file_that_is_no_gate_is_refused(change, said, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.usefixtures("composed_once")
-def test_tables_made_here_come_before_the_published_ones_which_are_never_written(tmp_path, monkeypatch, capsys):
+def test_tables_made_here_come_before_the_published_ones_which_are_never_written(
+    composed, tmp_path, monkeypatch, capsys, gate_file
+):
     monkeypatch.setattr("experiments.safety.gate.project_path", lambda path: tmp_path / path)
+    monkeypatch.setattr(
+        "experiments.safety.gate.first", lambda argv: OmegaConf.merge(composed, OmegaConf.from_dotlist(argv))
+    )
     published, made = tmp_path / "results", tmp_path / "outputs" / "results"
-    write(published)
-    assert main(["gate", f"gate={GATE}"]) == 0
+    Tables(policy_of()).add().write(published)
+    assert main(["gate", f"gate={gate_file}"]) == 0
     assert (made / "gate" / "table.csv").is_file() and not (published / "gate" / "table.csv").exists()
-    write(made)
-    (made / "redteam" / "table.csv").unlink()
-    assert main(["gate", f"gate={GATE}"]) == 2
-    assert "redteam/table.csv, got no file: make it with make redteam" in capsys.readouterr().err
-    write(made, redteam=attacks(random=0.8, guided=0.1))
-    assert main(["gate", f"gate={GATE}"]) == 1
-    assert main(["gate", f"gate={GATE}", "results=results"]) == 0 and (published / "gate" / "table.csv").is_file()
+    Tables(policy_of()).add(failing=failing(name={"high": 20})).write(made)
+    assert main(["gate", f"gate={gate_file}"]) == 1
+    (made / "redteam" / "queries.csv.gz").unlink()
+    assert main(["gate", f"gate={gate_file}"]) == 2
+    assert "redteam/queries.csv.gz, got no file: make it with make redteam" in capsys.readouterr().err
+    assert main(["gate", f"gate={gate_file}", "results=results"]) == 0
+    assert (published / "gate" / "table.csv").is_file()

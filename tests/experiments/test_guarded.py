@@ -3,6 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +15,6 @@ import torch
 from PIL import Image
 from stand_ins import Colours
 
-from eval.files import with_checksum, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
 from experiments.methods.guarded import LAYERS, Guarded, ImageCache, OutputCheck
@@ -19,6 +22,7 @@ from experiments.methods.method import Method, MethodContext
 from experiments.prompts import Group
 from experiments.safety.guards import nearest
 from negtome.guard import Decision, Keyword, Reply
+from negtome.guard.audit import check_chain
 
 #: That replies of a chat model are asked to repeat.
 NONCE = "0123456789abcdef"
@@ -97,9 +101,9 @@ class Says:
 
 def guarded(folders, layers="check", guard=None, keep=False, **options):
     check = OutputCheck(folders / "assets", folders / "policy.yaml", folders / "held_out", Colours())
-    decisions = str(folders / "decisions") if keep else None
+    audit = str(folders / "audit.jsonl") if keep else None
     policy = str(folders / "policy.yaml")
-    return Guarded("m", guard or Keyword(), policy, Steering(), check, layers, decisions=decisions, **options)
+    return Guarded("m", guard or Keyword(), policy, Steering(), check, layers, audit=audit, **options)
 
 
 def ask(prompt, size=1):
@@ -112,7 +116,8 @@ ENDS = {
     "a red thing": ("refused", "grey", "grey"),
     "a green thing": ("refused",) * 3,
     "a plum thing": ("escalated",) * 3,
-    "a parody of a red thing": ("red", "red", "red"),  # allowed by the exception, and then not checked against it
+    "a parody of a red thing": ("red", "red", "escalated"),  # the exception allows it; a person looks at the images
+    "a parody of a hidden red thing": ("green", "green", "blocked"),  # the exception is of another concept
     "a hidden thing": ("green", "green", "blocked"),  # which the guard does not see, but the check does
 }
 SHOWN = {"blue": (0, 0, 255), "grey": (90, 90, 90), "red": (255, 0, 0), "green": (0, 255, 0)}
@@ -128,8 +133,9 @@ def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
         assert drawn.withheld is None and (drawn.images * 255).round().reshape(-1, 3).tolist() == [[*SHOWN[end]]] * 64
     else:
         assert drawn.images is None and drawn.withheld.status == end
-    cited = {"refused": "C1" if "red" in prompt else "C2", "escalated": "C3", "blocked": "C2"}
-    assert end in SHOWN or drawn.withheld.clauses == (cited[end],)
+    escalated = ("C1", "E1") if "red" in prompt else ("C3",)
+    cited = {"refused": ("C1",) if "red" in prompt else ("C2",), "escalated": escalated, "blocked": ("C2",)}
+    assert end in SHOWN or drawn.withheld.clauses == cited[end]
 
 
 @pytest.mark.parametrize("tries", [0, 1, 3])
@@ -147,6 +153,19 @@ def test_the_first_try_without_the_asset_is_shown(folders):
     assert list(drawn.seeds) == pipe.seeds[2:]
     one = guarded(folders).generate(Pipe(shown=1), ask("a hidden thing", size=2), {})
     assert one.withheld is None  # the whole request is made again where one of its images is found out
+
+
+@pytest.mark.parametrize("action", ["steer", "refuse", "escalate"])
+def test_typing_an_exception_never_shows_what_the_check_detects(folders, action):
+    text = POLICY.replace("action: steer, exceptions: [E1]", f"action: {action}, exceptions: [E1]")
+    (folders / "policy.yaml").write_text(text)
+    for prompt in ("a red thing, parody", "parody red", "a parody of a red thing"):
+        drawn = guarded(folders, tries=3).generate(pipe := Pipe(), ask(prompt), {})
+        assert drawn.images is None and drawn.withheld.status == "escalated"
+        assert "red" in drawn.withheld.reason and "E1" in drawn.withheld.reason
+        assert len(pipe.seeds) == 1, "a person sees what the prompt shows; other seeds are no further chances"
+    harmless = guarded(folders).generate(Pipe(shown=0), ask("a red thing, parody"), {})
+    assert harmless.withheld is None, "a parody that does not resemble the concept is shown"
 
 
 RIGHT = Decision("refuse", ("C2",), "all green")
@@ -204,7 +223,7 @@ def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders
     )
     assert check.threshold == pytest.approx(maxima[18], abs=1e-6)  # the 19th of 20: ceil(0.9 * 21)
     red = np.full((1, 4, 4, 3), (1.0, 0, 0))
-    assert check.detect(red)[0] == "red" and check.detect(red, exempt=["red"])[0] is None
+    assert check.detect(red)[0] == "red"
     assert check.detect(np.concatenate([np.full((1, 4, 4, 3), (0, 0, 1.0)), red]))[0] == "red"
 
 
@@ -247,7 +266,11 @@ def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused
 def test_the_check_looks_for_the_policys_assets_alone(folders):
     paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))  # which no clause names
     assert guarded(folders).generate(Pipe(), ask("a sea"), {}).withheld is None
-    assert guarded(folders).check.detect(np.zeros((1, 4, 4, 3)), exempt=COLOURS) == (None, -1.0)
+    (folders / "policy.yaml").write_text(POLICY.replace("refuse}", "allow}"))
+    green = np.full((1, 4, 4, 3), (0, 1.0, 0))
+    assert guarded(folders).check.detect(green)[0] is None, "a concept that every clause allows may be shown"
+    (folders / "policy.yaml").write_text(re.sub("steer|refuse|escalate", "allow", POLICY))
+    assert guarded(folders).check.detect(green) == (None, -1.0)
 
 
 def cites(action, *clauses, quote="all red"):
@@ -276,69 +299,26 @@ def test_the_nearest_neighbour_guard_does_not_start_without_images_of_every_asse
     assert guarded(folders, guard=nearest(retriever)).verdict("a sea").action == "allow"
 
 
-def reseal(change):
-    """Change a kept verdict as somebody would who knows how its checksum is made."""
-
-    def edit(file):
-        document = json.loads(file.read_text())
-        document.pop("sha256")
-        change(document)
-        write_json(file, with_checksum(document))
-
-    return edit
-
-
-def replace_text(old, new):
-    return lambda file: file.write_text(file.read_text().replace(old, new))
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        replace_text("all green", "all pink"),
-        replace_text('"refuse"', '"allow"'),
-        lambda file: file.write_text(file.read_text()[:-20]),
-        lambda file: file.write_text(""),
-        lambda file: file.write_text("[]"),
-        lambda file: file.write_text("null"),
-        lambda file: file.write_text("[" * 100_000),
-        lambda file: file.write_bytes(b"\xff"),
-        reseal(lambda document: document.update(action="allow")),
-        reseal(lambda document: document["decision"].update(action="allow")),
-        reseal(lambda document: document.update(action="allow", decision={**document["decision"], "action": "allow"})),
-        reseal(lambda document: document.update(action="allow", decision=None)),
-        reseal(lambda document: document["decision"].update(quote="all pink")),
-        reseal(lambda document: document["decision"].update(clauses="C2")),
-        reseal(lambda document: document["decision"].pop("quote")),
-        reseal(lambda document: document.update(faults=["no"])),
-        reseal(lambda document: document.update(action="invalid")),
-        reseal(lambda document: document.update(replies=None)),
-        reseal(lambda document: document.update(seconds="soon")),
-        reseal(lambda document: document.pop("key")),
-    ],
-)
-def test_a_kept_verdict_is_verified_again(edit, folders):
-    guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea")
-    (file,) = (folders / "decisions").iterdir()
-    edit(file)
-    again = Says(RIGHT)
-    assert guarded(folders, guard=again, keep=True).verdict("a sea").action == "refuse" and again.asked == 1
-    assert guarded(folders, guard=Says(Decision("allow")), keep=True).verdict("a sea").action == "refuse"
-
-
-def test_a_kept_verdict_of_another_request_is_not_used(folders):
-    guarded(folders, guard=Says(Decision("allow")), keep=True).verdict("a lake")
-    (allowed,) = (folders / "decisions").iterdir()
-    guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea")
-    (refused,) = set((folders / "decisions").iterdir()) - {allowed}
-    refused.write_text(allowed.read_text())
-    assert guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea").action == "refuse"
-
-
-@pytest.mark.parametrize("reply", [RIGHT, Reply(Decision("allow").to_json(NONCE), NONCE), Reply("no", NONCE)])
-def test_a_verdict_is_kept_as_it_was(reply, folders):
-    verdict = guarded(folders, guard=Says(reply), keep=True).verdict("a sea")
-    assert guarded(folders, guard=Says(), keep=True).verdict("a sea") == verdict
+def test_every_verdict_is_on_record_once_and_no_record_decides(folders):
+    for layers in LAYERS:
+        guarded(folders, layers, Says(RIGHT), keep=True).verdict("a sea")
+    file = folders / "audit.jsonl"
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert (row["action"], row["clauses"]) == ("refuse", ["C2"]) and not check_chain(file).fault
+    code = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
+from types import SimpleNamespace
+from experiments.methods.guarded import Guarded
+from experiments.methods.method import Method
+from negtome.guard import Decision
+guard = SimpleNamespace(name="says", id="says-1", reply=lambda policy, prompt: Decision("allow"))
+method = Guarded("m", guard, {str(folders / "policy.yaml")!r}, Method(), None, "steer", audit={str(file)!r})
+print(method.verdict("a sea").action)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["allow"]  # the other process asked its own guard
+    assert len(file.read_text().splitlines()) == 2 and not check_chain(file).fault
 
 
 def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):

@@ -110,8 +110,9 @@ def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, cap
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["experiment=diversity"],
+        ["experiment=diversity", "method=none,negtome"],
         ["experiment=copyright", "method=none"],
+        *slow(["experiment=diversity"]),
         *slow(*([f"experiment={name}"] for name in ("copyright", "peers_grid", "safety", "stereotypes", "sweep"))),
     ],
 )
@@ -257,3 +258,28 @@ def test_weights_that_a_method_itself_needs_are_found_and_its_baseline_needs_non
     jobs, (fault,) = preflight.examine(plan, tables=True)
     assert [job.spec.cfg.method.name for job in jobs] == ["none"]
     assert "SSCD" in fault.problem and fault.fetch and fault.without == "method=none"
+
+
+def test_the_output_check_of_the_safety_experiment_is_independent_of_its_evaluator():
+    faults = faults_of_check()
+    assert not faults, faults[0].problem
+
+
+@pytest.mark.parametrize(
+    ("override", "shared"),
+    [
+        ("method.check.encoder=${model.copyright.encoder}", "the encoder mini-clip"),
+        ("method.check.held_out=${model.copyright.held_out}", "held-out images"),
+        ("metric.not_unsafe.references=${model.copyright.guidance}", "reference images"),
+    ],
+)
+def test_a_check_that_shares_something_with_its_evaluator_is_refused(override, shared):
+    (fault, *_) = faults_of_check(override)
+    assert shared in fault.problem and "not_unsafe" in fault.needed_by
+    assert not faults_of_check(override, "method.layers=steer")  # where nothing is checked
+
+
+def faults_of_check(*overrides):
+    experiment = ["experiment=safety", "guard=keyword", "method.layers=check"]
+    (spec,) = plan_of([*experiment, *overrides], "guarded").runs
+    return preflight._of_check(spec.cfg, build(spec.cfg.method))

@@ -61,6 +61,23 @@ def test_other_values_deviate(published):
     assert not any(comparison.agrees for comparison in quick.compare(part, plan, results))
 
 
+@pytest.mark.parametrize(
+    ("deviations", "agrees"),
+    [
+        ([0.002] * 7, True),
+        ([0.002] * 6 + [1.1], True),  # rounding turned one detection
+        ([0.002] * 5 + [0.02] * 2, False),
+        ([0.0] * 17 + [0.02] * 3, False),
+        ([0.0, 0.02], False),
+        ([0.02], False),
+    ],
+)
+def test_one_group_may_deviate(deviations, agrees):
+    by_group = {f"group/{index}": deviation for index, deviation in enumerate(deviations)}
+    n_agree = sum(deviation <= quick.TOLERANCE for deviation in deviations)
+    assert quick.Comparison(None, n_agree, by_group).agrees == agrees
+
+
 @pytest.mark.parametrize("change", ["another setting", "no groups", "full", "no quick_every"])
 def test_what_is_not_published_or_is_wanted_in_full_is_made_in_full(published, change):
     plan, results = published

@@ -170,8 +170,8 @@ def test_a_guarded_run_is_named_by_what_its_policy_says_and_not_by_where_verdict
         return config_digest(expand([*asked, *changes])[-1])
 
     known = digest()
-    assert digest(f"model.copyright.policy={tmp_path}/same.yaml", f"method.decisions={tmp_path}/same") == known
-    assert digest(f"method.decisions={tmp_path}/other") == known
+    assert digest(f"model.copyright.policy={tmp_path}/same.yaml", f"method.audit={tmp_path}/same") == known
+    assert digest(f"method.audit={tmp_path}/other") == known
     assert digest(f"model.copyright.policy={tmp_path}/other.yaml") != known
 
 
@@ -207,10 +207,14 @@ def test_a_plan_names_its_complete_runs_and_is_read_with_care(done, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "experiment", ["diversity", *(pytest.param(name, marks=pytest.mark.slow) for name in ("safety", "sweep"))]
+    ("experiment", "overrides"),
+    [
+        ("diversity", ["method=none,negtome,lower_guidance"]),
+        *(pytest.param(name, [], marks=pytest.mark.slow) for name in ("diversity", "safety", "sweep")),
+    ],
 )
-def test_a_plan_is_read_as_it_was_written(experiment, tmp_path):
-    plan = Plan.make([f"experiment={experiment}", f"outputs={tmp_path}"])
+def test_a_plan_is_read_as_it_was_written(experiment, overrides, tmp_path):
+    plan = Plan.make([f"experiment={experiment}", *overrides, f"outputs={tmp_path}"])
     read = Plan.of([f"plan={plan.write()}", f"results={tmp_path}/other", "style=paper"])
     assert (read.name, read.results, read.cfg.style) == (experiment, tmp_path / "other", "paper")
     assert [spec.settings for spec in read.runs] == [config_digest(spec.cfg) for spec in plan.runs]

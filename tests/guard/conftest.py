@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from chat_server import Server
 
 from negtome.guard import Reply, read_policy
 
@@ -99,3 +100,10 @@ def written(tmp_path):
 @pytest.fixture
 def policy(document, written):
     return read_policy(written(document))
+
+
+@pytest.fixture
+def server(no_keys):
+    server = Server()
+    yield server
+    server.close()

@@ -28,6 +28,25 @@ def test_the_digest_is_of_what_it_says_and_not_of_how_it_is_written(document, wr
     assert read_policy(written(document)).sha256 != policy.sha256
 
 
+def test_a_severity_is_in_the_digest_unless_it_is_the_default(document, written, policy):
+    assert policy["C1"].severity == "medium"
+    document["clauses"][0]["severity"] = "medium"
+    assert read_policy(written(document)).sha256 == policy.sha256
+    document["clauses"][0]["severity"] = "high"
+    changed = read_policy(written(document))
+    assert changed["C1"].severity == "high" and changed.sha256 != policy.sha256
+    assert changed.render() == policy.render(), "a severity changes no decision"
+
+
+def test_the_severity_of_a_concept_is_the_highest_of_its_clauses(policy):
+    clauses = [dataclasses.replace(policy["C1"], id=f"C{n}", severity=level, violates=(), allowed=())
+               for n, level in enumerate(("low", "high", "medium"))]  # fmt: skip
+    several = dataclasses.replace(policy, clauses=tuple(clauses), examples=())
+    assert several.severity_of(policy["C1"].asset) == "high"
+    with pytest.raises(KeyError):
+        several.severity_of("nobody")
+
+
 PARODY = {"request": "a parody of a vampire", "action": "allow", "clauses": ["C1", "E1"]}
 
 
@@ -51,6 +70,8 @@ def test_the_published_policy_has_the_digest_of_the_published_tables():
     ("change", "message"),
     [
         (lambda d: d.pop("version"), "got no version"),
+        (lambda d: d["clauses"][0].update(severity="worst"), "a severity among low, medium, high for C1, got 'worst'"),
+        (lambda d: d["clauses"][0].update(severity=3), "severity of C1 as a text"),
         (lambda d: d.update(version=2), "expected version: 1, got 2"),
         (lambda d: d.update(version=True), "expected version: 1, got True"),
         (lambda d: d.update(extra=1), "got extra too"),

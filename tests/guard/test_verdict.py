@@ -110,6 +110,7 @@ def test_a_verdict_is_put_on_record_without_its_texts(policy, told, tmp_path):
     decide(policy, told(FORGED), "Dracula", Audit(file))
     first, second = lines(file)
     assert first.pop("time") <= second.pop("time")
+    assert [first.pop("number"), second.pop("number")] == [1, 2] and first.pop("previous") == "0" * 64
     assert first == {
         "policy_sha256": policy.sha256,
         "guard": "told-1",

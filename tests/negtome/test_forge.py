@@ -256,6 +256,16 @@ def test_inputs_that_do_not_fit_are_named_below_the_images(script, inputs, probl
     assert "no effect" in comment and problem in comment
 
 
+def test_a_batch_that_does_not_split_into_groups_is_made_without_the_push(script, caplog):
+    forge = Forge(script, images=4, group_size=3)
+    assert all(torch.equal(after, before) for before, after in forge.sample())
+    forge.finish()
+    assert forge.p.sd_model.forge_objects.unet is forge.original
+    (comment,) = forge.comments
+    assert "made without it" in comment and "groups of 3 images, got 4" in comment
+    assert comment in caplog.text
+
+
 def test_a_wrapper_that_another_extension_replaced_is_named_below_the_images(script):
     forge = Forge(script)
     forge.prepare(torch.zeros(2, 4, 64, 64))

@@ -1,9 +1,14 @@
 """NegToMe on ModularPipelines: by `attach`, and by a guider. Tiny pipelines with random weights, without decoding."""
 
+import copy
 import functools
+import gc
 import importlib
 import json
+import pickle
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import pytest
@@ -317,7 +322,7 @@ def test_a_guider_takes_a_step_range(build):
         guider=pair.pipe.guider.new(step_range=(0, 0)),
         scheduler=diffusers.HeunDiscreteScheduler.from_config(pair.pipe.scheduler.config),
     )
-    with pytest.warns(RuntimeWarning, match=r"counted every timestep of this second-order scheduler as a step"):
+    with pytest.warns(RuntimeWarning, match=r"counted every timestep as a step.*second-order"):
         pair()
 
 
@@ -349,6 +354,97 @@ def test_a_guider_refuses_what_it_cannot_do(build):
     step.set_state(0, 2, torch.tensor(900.0))
     with pytest.raises(TypeError, match="cannot guide a Linear; supported are UNet2DConditionModel"):
         step.prepare_models(torch.nn.Linear(2, 2))
+
+
+def test_a_call_that_failed_before_the_denoiser_leaves_no_trace_in_what_follows(build, monkeypatch):
+    """A ControlNet that raises, for example, stands between the guider's hook and the denoiser."""
+    pair = build("SDXL")
+    base = pair()
+    before = tiny.state(pair.pipe)[1:]
+    with negtome.attach(pair.pipe, CONFIG):
+        expected = pair()
+
+    def fail():
+        """Let a call of the pipeline fail; return its guider."""
+        pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS))
+        prepare = NegToMeGuidance.prepare_models
+
+        def prepare_and_raise(self, denoiser):
+            prepare(self, denoiser)
+            raise MemoryError("of a ControlNet")
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(NegToMeGuidance, "prepare_models", prepare_and_raise)
+            pair()
+        assert tiny.state(pair.pipe)[1:] != before
+        return pair.pipe.guider
+
+    failed = fail()
+    failed.remove()
+    assert tiny.state(pair.pipe)[1:] == before
+    fail()
+    negtome.detach(pair.pipe)
+    assert tiny.state(pair.pipe)[1:] == before
+    with pytest.raises(RuntimeError, match="not attached"):
+        negtome.detach(pair.pipe)
+    fail()
+    assert torch.equal(pair(), expected), "by the same guider"
+    fail()
+    pair.pipe.update_components(guider=pair.pipe.guider.new(**SETTINGS))
+    assert torch.equal(pair(), expected), "by another guider"
+    failed = fail()
+    pair.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(failed.config))
+    with negtome.attach(pair.pipe, CONFIG) as attached:
+        assert torch.equal(pair(), expected)
+    assert attached.summary()["tokens_pushed"] > 0
+    assert tiny.state(pair.pipe)[1:] == before and torch.equal(pair(), base)
+
+
+def test_a_guider_keeps_no_weights_of_a_call_that_failed(build, monkeypatch):
+    pair = build("SDXL")
+    unet = pair.pipe.unet
+    pair.pipe.update_components(unet=copy.deepcopy(unet), guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS))
+    failed, weights = pair.pipe.guider, weakref.ref(pair.pipe.unet)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(type(pair.pipe.scheduler), "step", mock.Mock(side_effect=MemoryError))
+        pair()
+    copied = pickle.loads(pickle.dumps(failed))
+    assert (copied.settings, copied.summary()) == (failed.settings, failed.summary())
+    pair.pipe.update_components(unet=unet)
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_guider_is_made_for_the_pipelines_of_attach_alone(build):
+    for name in ("Wan22ModularPipeline", "QwenImageLayeredModularPipeline", "StableDiffusionXLModularPipeline"):
+        with pytest.raises(TypeError, match=f"cannot be attached to a {name}.*supported") as caught:
+            NegToMeGuidance.for_pipeline(getattr(diffusers, name)())
+        assert "\n" not in str(caught.value)
+    pair = build("SDXL")
+    pair.pipe.unet_2 = pair.pipe.unet
+    with pytest.raises(ValueError, match="has unet_2 for its late steps"):
+        NegToMeGuidance.for_pipeline(pair.pipe)
+
+
+def test_a_guider_keeps_guidance_switched_off(build):
+    pair = build("Qwen-Image, guided")
+    pair.pipe.guider.disable()
+    unguided = pair()
+    replacement = NegToMeGuidance.for_pipeline(pair.pipe, alpha=0)
+    pair.pipe.update_components(guider=replacement)
+    assert torch.equal(pair(), unguided)
+    assert NegToMeGuidance.for_pipeline(pair.pipe, enabled=True).num_conditions == 2
+
+
+@pytest.mark.slow
+def test_a_guider_refuses_prompts_of_several_lengths_with_advice_that_holds(build):
+    pair = build("LTX")
+    prompts = ["a dog", "a dog", "a cat on a red mat", "a cat on a red mat"]
+    with negtome.attach(pair.pipe, CONFIG, group_size=2):
+        pair((0, 1, 2, 3), prompts, count=1)
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS, group_size=2))
+    with pytest.raises(ValueError, match=r"use negtome.attach with num_videos_per_prompt=1 and group_size"):
+        pair((0, 1, 2, 3), prompts, count=1)
 
 
 def test_attach_works_with_other_guiders(build):

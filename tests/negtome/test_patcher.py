@@ -248,6 +248,8 @@ def test_without_the_schedule_of_the_pass_each_lower_sigma_is_a_step():
         ({"strength": {**STRENGTH, "threshold": 1.0}}, (2, 4, 32, 32), "similar enough"),
         ({"strength": {**STRENGTH, "alpha": 0.0}}, (2, 4, 32, 32), "similar enough"),
         ({}, (2, 4, 1, 32, 32), "videos"),
+        ({}, (2, 16, 1, 32, 32), "Qwen-Image"),
+        ({"group_size": 1}, (2, 4, 32, 32), "group size is 1"),
     ],
 )
 def test_a_pass_without_effect_warns_and_says_why(change, x, problem, caplog):
@@ -307,6 +309,24 @@ def test_reference_rows_are_added_pushed_from_and_dropped(family, masked):
         assert torch.equal(after[chunk + 3 : chunk + 5], before[chunk + 3 : chunk + 5])
 
 
+def test_reference_rows_are_in_what_forge_tells_other_extensions():
+    push = reference("sdxl", torch.rand(2, 256, 256, 3))
+    executor = Executor("sdxl", push)
+    push.prepare((32, 32))
+    options = {"cond_or_uncond": [1, 0], "cond_mark": torch.tensor([1.0, 1, 1, 0, 0, 0]), "uncond_indices": [0, 1, 2]}
+    before, seen = {**options, "cond_indices": [3, 4, 5]}, {}
+
+    def run(x, sigma, c_concat, c_crossattn, control, options):
+        seen.update(options)
+        return executor(x, sigma, c_concat, c_crossattn, control, options)
+
+    run.class_obj = executor.class_obj
+    push.apply(run, randn(6, 4, 32, 32), torch.full((6,), 5.0), transformer_options=before)
+    assert seen["cond_mark"].tolist() == [1] * 5 + [0] * 5
+    assert (seen["uncond_indices"], seen["cond_indices"]) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    assert before["cond_indices"] == [3, 4, 5] and len(before["cond_mark"]) == 6
+
+
 def test_a_reference_follows_each_size_and_adds_no_rows_out_of_range():
     push = reference("sdxl", torch.rand(1, 300, 200, 3), schedule=Schedule(low=4.0))
     executor = Executor("sdxl", push)
@@ -316,6 +336,28 @@ def test_a_reference_follows_each_size_and_adds_no_rows_out_of_range():
         assert push.report.moved > 0
         call(push, executor, x, [0], sigma=2.0)
         assert executor.seen["x"] is x
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "schedule", "active"),
+    [
+        ([14.6, 5.0, 5.0, 2.0, 2.0], [14.6, 5.0, 2.0, 0.0], {0: 1, 1: 3}),  # Heun
+        ([14.6, 8.5, 5.0, 3.2, 2.0], [14.6, 5.0, 2.0, 0.0], {0: 2, 1: 4}),  # DPM2
+        ([14.6, 5.0, 5.0, 2.0, 2.0], None, {0: 1, 1: 3}),  # Forge does not tell the schedule
+        ([14.6, 8.5, 5.0, 3.2, 2.0], None, {0: 1, 1: 2}),
+    ],
+)
+def test_steps_of_samplers_that_call_the_model_twice_a_step(sigmas, schedule, active):
+    for last, calls in active.items():
+        push = group("sdxl", schedule=Schedule(step_range=(0, last)))
+        options = {"cond_or_uncond": [0]}
+        if schedule is not None:
+            options["sample_sigmas"] = torch.tensor(schedule)
+        for sigma in sigmas:
+            push.apply(
+                Executor("sdxl", push), randn(2, 4, 32, 32), torch.full((2,), sigma), transformer_options=options
+            )
+        assert push.report.active_calls == calls
 
 
 def test_a_group_leaves_the_rows_of_a_reference_out():

@@ -50,6 +50,8 @@ PAIRS = [
 #: Columns in which they are compared.
 COMPARED = ("decision right", "clause right", "wrappers held out", "encodings held out")
 TRACE = {True: "yes", False: "no", None: ""}
+#: Title of the guard in models/mini-guard.
+SHIPPED = "models/mini-guard"
 #: Kinds of prompts, as the guard's card names them.
 KINDS = ("direct", "indirect", "benign", "near", "generic", "parody", f"{HARMLESS}parody")
 #: Outcomes of guards, by stage (or title) and trace, then by seed.
@@ -99,9 +101,14 @@ def evaluate_all(
 
 
 def evaluate_controls(policy: Policy) -> Outcomes:
-    """Evaluate the guards that need no training."""
+    """Evaluate the guards that need no training here: the controls, and the embedded guard."""
     outcomes: Outcomes = {}
-    guards = {"always allow": Always("allow"), "keyword": Keyword(), "look-up table": Lookup(policy)}
+    guards = {
+        "always allow": Always("allow"),
+        "keyword": Keyword(),
+        "look-up table": Lookup(policy),
+        SHIPPED: Mini(project_path("models/mini-guard")),
+    }
     for title, guard in guards.items():
         judged = [scores.judge(policy, one, guard.reply(policy, one.text)) for one in scores.tests(policy)]
         outcomes[title, None] = {0: judged}

@@ -4,6 +4,7 @@ The script patches a copy of the UNet before each sampling pass: `negtome.patche
 function wrapper, and every attention's output by the attn1 output patch.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -87,8 +88,11 @@ class NegToMeScript(scripts.Script):
                 push = _reference_push(settings, p.sd_model, image, mask, kwargs["x"])
             else:
                 push = GroupPush(settings, group_size=int(group_size), reference=reference)
+                push.check_batch(len(kwargs["x"]))  # during the sampling, the error would end the generation
         except ValueError as error:  # Forge would print it on the console only, and go on
-            p.comment(f"NegToMe had no effect: {error}")
+            problem = f"NegToMe had no effect, and the images are made without it: {error}"
+            logging.getLogger(__name__).warning(problem)
+            p.comment(problem)
             return
         unet.set_model_attn1_output_patch(push)
         previous = unet.model_options.get("model_function_wrapper")
