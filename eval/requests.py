@@ -174,6 +174,7 @@ class Answered(Metric):
     def require(self, images: ImageSet) -> None:
         super().require(images)
         self._realism.require(images)
+        _ = self.floors
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
         return *self._clip_score.inputs(images, positions), *self._realism.inputs(images, positions)

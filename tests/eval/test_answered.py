@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from eval.images import WithheldRow, read_manifest, write_manifest, write_withheld
+from eval.imageset import ImageSet
 from eval.metric import is_current, measure
 from eval.requests import Answered, Floors, NotOverrefuse
 
@@ -109,6 +110,9 @@ def test_missing_floors_stop_before_any_work(run, answered, tmp_path):
     (tmp_path / "floors.json").unlink()
     with pytest.raises(FileNotFoundError, match="floors"):
         metric.prepare()
+    with pytest.raises(FileNotFoundError, match="floors"):
+        answered_without_floors = Answered(reference=tmp_path / "real", floors=tmp_path / "nowhere.json")
+        answered_without_floors.require(ImageSet.open(run))
 
 
 def test_tensors_may_replace_a_folder(answered):
