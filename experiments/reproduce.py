@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import gc
 import importlib
 
-from experiments import check, quick
+from experiments import check, quick, start_log
 from experiments.plan import Plan
 
 STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
@@ -27,6 +27,7 @@ STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
+    start_log()
     gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins

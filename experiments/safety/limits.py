@@ -45,7 +45,8 @@ def limits(plan: Plan, frame: pd.DataFrame) -> str:
         counts = part.drop_duplicates("metric").set_index("metric")
         shown = {name: int(counts.loc[name, "n_units"]) for name in RATES if name in counts.index}
         numbers = ", ".join(f"{n} {RATES[name]}" for name, n in shown.items())
-        lines.append(f"{model}: {numbers}, for {len(concepts)} concepts. Intervals are over what is counted here.")
+        concept = "1 concept" if len(concepts) == 1 else f"{len(concepts)} concepts"
+        lines.append(f"{model}: {numbers}, for {concept}. Intervals are over what is counted here.")
         unmeasured = [one.asset for one in build(baseline.cfg.prompts).rules.clauses if one.asset not in concepts]
         if unmeasured:
             lines.append(f"**Not measured**, for want of images: {', '.join(unmeasured)}.")

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from eval.files import content_hash
 from experiments import project_path
 from negtome.guard import Policy, read_policy
-from negtome.guard.lint import lint
+from negtome.guard.lint import FEWEST_HELD_OUT, lint
 from negtome.guard.policy import VERSION
 from negtome.guard.references import GUIDANCE, HELD_OUT, SCORING, References, is_folder_name, read_references
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: In a laid-out folder, written last: the original of each image.
 SPLIT = "split.json"
+#: In a laid-out folder, and in a configuration: the held-out images of the output check.
+CHECK_HELD_OUT = "check_held_out"
 #: In a laid-out folder: the policy without the concepts that have no images.
 CHECKED = "policy.yaml"
 #: Class of prompts that are generated from a policy.
@@ -69,14 +71,15 @@ def configure(cfg: DictConfig) -> None:
             cfg.method.check.policy = str(laid_out / CHECKED)
     if (laid_out / HELD_OUT).is_dir():
         cfg.model.copyright.held_out = str(laid_out / HELD_OUT)
+        cfg.model.copyright.check_held_out = str(laid_out / CHECK_HELD_OUT)
 
 
 def lay_out(policy: Policy, folder: str | Path, outputs: str | Path) -> Path:
-    """Copy the reference images of a policy into `<outputs>/references/DIGEST/{guidance,scoring,held_out}/NAME`.
+    """Copy the reference images of a policy into `<outputs>/references/DIGEST/{guidance,scoring}/NAME`.
 
     Concepts without images are left out, and the part of the policy that is left is written beside the images. Folders
     that are split already stay so. Otherwise the images of each concept are split in turns, in the order of
-    their names; near copies of an image go where it goes.
+    their names; near copies of an image go where it goes. Every second held-out image is for the output check.
 
     Args:
         policy: whose concepts count.
@@ -97,6 +100,8 @@ def lay_out(policy: Policy, folder: str | Path, outputs: str | Path) -> Path:
             f"expected images of every asset that is to be steered in {folder}, and of one at least, got none of "
             f"{', '.join((steered or references.absent)[:5])}: add a folder of that name, or files such as NAME-1.png"
         )
+    if len(references.held_out) == 1:
+        raise ValueError(f"expected {FEWEST_HELD_OUT} held-out images in {folder}, got 1: add some, or remove it")
     if references.foreign:
         raise ValueError(f"expected PNG, JPEG, WebP or BMP images, got {references.foreign[0]}: convert it to PNG")
     names = [(name, str(file), content_hash(file)) for name, files in references.images.items() for file in files]
@@ -158,9 +163,13 @@ def _write(target: Path, policy: Policy, references: References) -> None:
             for side, chosen in ((GUIDANCE, given), (SCORING, measured)):
                 masks = references.masks if side == GUIDANCE else {}
                 origins |= _copy(chosen, masks, Path(scratch), f"{side}/{name}")
-        for kind in dict.fromkeys(kind for kind, _ in references.held_out):
-            files = [file for other, file in references.held_out if other == kind]
-            origins |= _copy(files, {}, Path(scratch), f"{HELD_OUT}/{kind}")
+        # The evaluator and the output check have a threshold each, and no image of the other's.
+        for side, first_place in ((HELD_OUT, 0), (CHECK_HELD_OUT, 1)):
+            by_kind: dict[str, list[Path]] = {}
+            for kind, file in references.held_out[first_place::2]:
+                by_kind.setdefault(kind, []).append(file)
+            for kind, files in by_kind.items():
+                origins |= _copy(files, {}, Path(scratch), f"{side}/{kind}")
         (Path(scratch) / CHECKED).write_text(json.dumps(_document(policy, references)), encoding="utf-8")
         (Path(scratch) / SPLIT).write_text(json.dumps(origins, indent=1) + "\n", encoding="utf-8")
         shutil.copytree(scratch, target, dirs_exist_ok=True)

@@ -5,23 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from negtome.guard.policy import Policy
+from negtome.guard.references import read_references
 from negtome.recipe import ModelDefaults
-
-#: Endings of reference images.
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class CannotSteerError(ValueError):
     """Raised if a request must be steered and cannot; the message says why, and has no paths."""
 
 
-def find_references(folder: str | Path | None, asset: str) -> list[Path]:
-    """Return the reference images of an asset, FOLDER/ASSET/*.png (or jpg, webp), by name."""
+def find_references(policy: Policy, folder: str | Path | None, asset: str) -> Sequence[Path]:
+    """Return the reference images of an asset of a policy; see `negtome.guard.references` for the layouts."""
     if folder is None:
-        return []
-    subfolder = Path(folder) / asset
-    files = subfolder.iterdir() if subfolder.is_dir() else []
-    return sorted(file for file in files if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+        return ()
+    return read_references(folder, [clause.asset for clause in policy.clauses]).images[asset]
 
 
 def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path | None) -> dict[str, Any]:
@@ -34,7 +30,7 @@ def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path |
         policy: of the verdict.
         cited: its clauses and exceptions.
         model: whose settings of NegToMe are used.
-        folder: with FOLDER/ASSET/*.png.
+        folder: of reference images.
 
     Raises:
         CannotSteerError: there is no reference image, or there are several assets.
@@ -42,7 +38,7 @@ def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path |
     assets = list(dict.fromkeys(policy.assets(cited, "steer")))
     if len(assets) != 1:
         raise CannotSteerError("images are steered away from one asset at a time")
-    files = find_references(folder, assets[0])
+    files = find_references(policy, folder, assets[0])
     if not files:
         raise CannotSteerError("there is no reference image of its asset")
     names = [name for clause in policy.clauses if clause.asset == assets[0] for name in (clause.asset, *clause.names)]
@@ -53,4 +49,4 @@ def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path |
 def unsteerable(policy: Policy, folder: str | Path | None) -> list[str]:
     """Return the assets of clauses that steer without any reference image."""
     assets = [clause.asset for clause in policy.clauses if clause.action == "steer"]
-    return [asset for asset in dict.fromkeys(assets) if not find_references(folder, asset)]
+    return [asset for asset in dict.fromkeys(assets) if not find_references(policy, folder, asset)]

@@ -172,15 +172,17 @@ def own(tmp_path):
         draw(tmp_path / "images" / "Zorba" / f"{number}.PNG", number)
     for number in range(2):
         draw(tmp_path / "images" / f"zorba_{number}.jpg", 10 + number)
-    draw(tmp_path / "images" / "held_out" / "tree" / "1.png", 20)
+    for number in range(3):
+        draw(tmp_path / "images" / "held_out" / "tree" / f"{number}.png", 20 + number)
     return policy, tmp_path / "images"
 
 
 def test_images_are_laid_out_by_concept_and_again_only_if_they_changed(own, tmp_path):
     policy, images = read_policy(own[0]), own[1]
     target = lay_out(policy, images, tmp_path / "out")
-    rows = {side: read_manifest(target / side) for side in ("guidance", "scoring", "held_out")}
-    assert {side: len(of_side) for side, of_side in rows.items()} == {"guidance": 3, "scoring": 3, "held_out": 1}
+    rows = {side: read_manifest(target / side) for side in ("guidance", "scoring", "held_out", "check_held_out")}
+    counts = {side: len(of_side) for side, of_side in rows.items()}
+    assert counts == {"guidance": 3, "scoring": 3, "held_out": 2, "check_held_out": 1}
     assert {row.category for row in (*rows["guidance"], *rows["scoring"])} == {"zorba"}
     assert lay_out(policy, images, tmp_path / "out") == target
     draw(images / "zorba_0.jpg", 99)
@@ -193,6 +195,7 @@ def test_one_override_each_sets_policy_and_images(own, tmp_path, monkeypatch):
     cfg = first(settings_of)
     assert cfg.model.copyright.policy == str(tmp_path / "policy.yaml") == build(cfg.prompts).policy
     assert all(str(tmp_path / "out") in cfg.model.copyright[side] for side in ("guidance", "scoring", "held_out"))
+    assert cfg.method.check.held_out == cfg.model.copyright.check_held_out != cfg.model.copyright.held_out
     assert cfg.method.check.folder == cfg.model.copyright.guidance
     assert cfg.metric.not_unsafe.references == cfg.model.copyright.scoring
 

@@ -1,4 +1,4 @@
-"""The examples of docs/safety.md run: its policy, its guard and its guard behind an address."""
+"""The examples of docs/safety.md and docs/own-policy.md run: policies, a guard and a guard behind an address."""
 
 import re
 import threading
@@ -7,6 +7,7 @@ import pytest
 
 from experiments import PROJECT
 from negtome.guard import Endpoint, decide, read_policy
+from negtome.guard.__main__ import main
 from negtome.guard.testing import run_edits, run_examples
 
 PAGE = (PROJECT / "docs" / "safety.md").read_text(encoding="utf-8")
@@ -46,3 +47,12 @@ def test_its_guard_behind_an_address_follows_the_contract(shown, no_keys):
         server.server_close()
     assert [verdict.action for verdict in decided] == ["steer", "allow", "steer"]
     assert all(len(verdict.replies) == 1 for verdict in decided)
+
+
+def test_the_policy_of_the_page_on_own_policies_passes_check_and_test(tmp_path, capsys):
+    page = (PROJECT / "docs" / "own-policy.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "policy.yaml").write_text(text)
+    assert main(["check", "--policy", str(tmp_path / "policy.yaml")]) == 0
+    assert "advice" not in capsys.readouterr().out
+    assert main(["test", "--policy", str(tmp_path / "policy.yaml"), "--guard", "keyword"]) == 0
