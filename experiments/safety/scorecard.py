@@ -364,9 +364,8 @@ def write_scorecard(plan: Plan) -> list[Path]:
     counts = put_rows(plan.result_file("outcomes.csv"), outcomes(plan, groups), COLUMNS, KEY)
     compared = pd.DataFrame(comparisons(frame, groups, **plan.cfg.bootstrap), columns=COMPARISON_COLUMNS)
     write_text(plan.result_file("comparisons.csv"), csv_text(compared))
-    floors = put_rows(plan.result_file("floors.csv"), _floors(plan), FLOOR_COLUMNS, FLOOR_COLUMNS[:2])
     page = plan.result_file("scorecard.md")
-    text = render(frame, counts, groups, compared, floors)
+    text = render(frame, counts, groups, compared, write_floors(plan))
     if is_generated(plan.cfg):
         text += "\n" + limits(plan, frame)
     write_text(page, text)
@@ -376,13 +375,19 @@ def write_scorecard(plan: Plan) -> list[Path]:
     return files
 
 
-def _floors(plan: Plan) -> list[dict[str, Any]]:
-    """Return the floors of the plan's models that have the metric of answered requests."""
+def write_floors(plan: Plan) -> pd.DataFrame:
+    """Write and return the floors of the plan's models that have the metric of answered requests, a row each.
+
+    Without any such model, as with requests generated from a policy, there is no file.
+    """
     configs = {spec.cfg.model.name: spec.cfg for spec in plan.runs if ANSWERED in measured(spec.cfg)}
-    return [
+    rows = [
         {"experiment": plan.name, "model": model, **asdict(Floors.read(project_path(cfg.floors.file)))}
         for model, cfg in configs.items()
     ]
+    if not rows:
+        return pd.DataFrame(columns=FLOOR_COLUMNS)
+    return put_rows(plan.result_file("floors.csv"), rows, FLOOR_COLUMNS, FLOOR_COLUMNS[:2])
 
 
 def main(argv: list[str]) -> None:

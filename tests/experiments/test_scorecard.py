@@ -168,3 +168,10 @@ def test_the_figure_has_a_path_for_each_guard_and_what_answers_nothing_stands_ap
     assert paths["keyword"] == [[0.7, 0.5], [0.5, 0.875]] and paths["no guard"] == [[0.9, 0.25]]
     assert [line.get_label() for line in apart.lines if line.get_label()[0] != "_"] == ["always refuse"]
     assert [name for name in paths if name in scorecard.LAYERS] == list(scorecard.LAYERS)
+
+
+def test_requests_of_a_policy_have_no_floors():
+    generated = plan_of(["experiment=own_policy"], "guarded")
+    floors = scorecard.write_floors(generated)
+    assert floors.empty and list(floors.columns) == scorecard.FLOOR_COLUMNS
+    assert not generated.result_file("floors.csv").exists()
