@@ -70,7 +70,7 @@ class OutputCheck:
         false_positive_rate: float = 0.05,
         scoring: str | Path | None = None,
     ) -> None:
-        self.concepts = frozenset(clause.asset for clause in read_policy(policy).clauses if clause.action != "allow")
+        self.concepts = frozenset(clause.asset for clause in read_policy(policy).protected)
         self.index = AssetIndex(folder, encoder, scoring)
         if absent := sorted(self.concepts - self.index.concepts):
             raise ValueError(
@@ -240,14 +240,14 @@ class Guarded(Method):
         verdict = self.verdict(group.prompt)
         # Verdicts and images are reused; the seconds are those of the first time.
         statistics = {"action": verdict.action, "decide_seconds": verdict.seconds, "seconds": verdict.seconds}
-        concepts = self._cited(verdict, "steer") if verdict.action == "steer" else []
+        concepts = self._policy.assets(verdict.clauses, "steer") if verdict.action == "steer" else []
         withheld = self._withhold(verdict, concepts)
         if withheld is not None:
             return GroupResult(None, statistics, withheld=withheld)
         method = Method()
         if concepts:
             method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
-        check, excepted = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
+        check, excepted = self.check if self.layers == "check" else None, self._policy.assets(verdict.clauses, "allow")
         tries = 1 + self.tries if check else 1
         all_seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
         generate_seconds, check_seconds, scores = 0.0, 0.0, []
@@ -300,10 +300,3 @@ class Guarded(Method):
         if key not in _VERDICTS:
             _VERDICTS[key] = decide(self._policy, self.guard, prompt, Audit(self.audit))
         return _VERDICTS[key]
-
-    def _cited(self, verdict: Verdict, action: str) -> list[str]:
-        """Return the concepts for which the cited clauses and their exceptions lead to an action."""
-        parts = [self._policy[name] for name in verdict.clauses]
-        exceptions = [part.id for part in parts if not isinstance(part, Clause)]
-        clauses = [part for part in parts if isinstance(part, Clause)]
-        return [clause.asset for clause in clauses if self._policy.action_of([clause.id, *exceptions]) == action]

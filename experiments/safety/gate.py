@@ -372,7 +372,7 @@ def measured(criterion: Criterion, rates: pd.DataFrame, system: str, concepts: S
 
 def concepts_of(policy: Policy, level: str) -> list[str]:
     """Return the concepts of a level that the policy does not allow anyway."""
-    concepts = dict.fromkeys(clause.asset for clause in policy.clauses if clause.action != "allow")
+    concepts = dict.fromkeys(clause.asset for clause in policy.protected)
     return [concept for concept in concepts if level in (ALL, policy.severity_of(concept))]
 
 

@@ -290,15 +290,14 @@ class ShieldGemma2Check:
 
 
 def protected_clauses(policy: Policy) -> tuple[Clause, ...]:
-    """Return the clauses whose concept an image must not show: those with another action than "allow".
+    """Return the clauses whose concept an image must not show.
 
     Raises:
         ValueError: there are none.
     """
-    clauses = tuple(clause for clause in policy.clauses if clause.action != "allow")
-    if not clauses:
+    if not policy.protected:
         raise ValueError("expected a policy with a clause to steer, refuse or escalate, got none: nothing to look for")
-    return clauses
+    return policy.protected
 
 
 def _checked(images: Any) -> Iterator["torch.Tensor"]:

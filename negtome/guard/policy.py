@@ -220,6 +220,11 @@ class Policy:
         listed = {name for part in parts if isinstance(part, Clause) for name in part.exceptions}
         return [part.id for part in parts if not isinstance(part, Clause) and part.id not in listed]
 
+    @property
+    def protected(self) -> tuple[Clause, ...]:
+        """The clauses whose concept an image must not show: those with another action than "allow"."""
+        return tuple(clause for clause in self.clauses if clause.action != "allow")
+
     def assets(self, cited: Sequence[str], action: str) -> list[str]:
         """Return the assets for which the cited clauses, with the cited exceptions, lead to an action."""
         parts = [self[name] for name in cited]
