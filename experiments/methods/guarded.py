@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,27 +21,12 @@ from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
 from negtome.guard import Audit, Clause, Guard, Verdict, decide, read_policy
+from negtome.guard.image_check import ImageCheck
 from negtome.validation import check_int
 
 #: Stages, each in addition to the earlier ones: decide on the prompt, and refuse it where it is to be steered; push it
 #: away from the concept instead of refusing it; check the images.
 LAYERS = ("decide", "steer", "check")
-
-
-class ImageCheck(Protocol):
-    """Looks for protected concepts in images before they are shown."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return what affects the detections, as JSON values."""
-        ...
-
-    def detect(self, images: np.ndarray) -> tuple[str | None, float]:
-        """Return the concept that the images of one request show, or None, and the score of the nearest concept.
-
-        Args:
-            images: float [n, H, W, 3] in [0, 1].
-        """
-        ...
 
 
 class OutputCheck:

@@ -49,18 +49,7 @@ FIELDS = frozenset({"clause", "probability"})
 
 
 class ImageCheck(Protocol):
-    """An object that looks for protected concepts in images.
-
-    Attributes:
-        name: in tables.
-        id: changes with everything that affects detections: weights, policy, threshold, address.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def id(self) -> str: ...
+    """An object that looks for protected concepts in images. The server calls `detect` alone."""
 
     def settings(self) -> dict[str, Any]:
         """Return what affects the detections, as JSON values."""

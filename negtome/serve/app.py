@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from starlette.applications import Starlette
@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from negtome.guard.audit import Audit, text_sha256
+from negtome.guard.image_check import ImageCheck
 from negtome.guard.policy import Policy
 from negtome.guard.queue import Queue, QueueFullError, Ticket, new_ticket
 from negtome.guard.verdict import Guard, GuardError, Verdict, check_text, decide, guard_errors, is_remote
@@ -38,17 +39,6 @@ VIOLATION = "content_policy_violation"
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 #: Seconds in which a client must send a body of at most `LONGEST_BODY` bytes.
 BODY_SECONDS = 10.0
-
-
-class ImageCheck(Protocol):
-    """Detects protected concepts in images."""
-
-    def detect(self, images: Any) -> tuple[str | None, float]:
-        """Return the asset that the images show, or None, and a score.
-
-        Args:
-            images: float [n, H, W, 3] in [0, 1], NumPy.
-        """
 
 
 class Service:
