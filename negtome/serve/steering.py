@@ -1,6 +1,6 @@
 """Steering images away from the asset of a clause, by a reference image and a negative prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ class CannotSteerError(ValueError):
     """Raised if a request must be steered and cannot; the message says why, and has no paths."""
 
 
-def find_references(policy: Policy, folder: str | Path | None, asset: str) -> Sequence[Path]:
-    """Return the reference images of an asset of a policy; see `negtome.guard.references` for the layouts."""
+def find_references(policy: Policy, folder: str | Path | None) -> Mapping[str, Sequence[Path]]:
+    """Return the reference images of a policy by asset; see `negtome.guard.references` for the layouts."""
     if folder is None:
-        return ()
-    return read_references(folder, [clause.asset for clause in policy.clauses]).images[asset]
+        return {}
+    return read_references(folder, [clause.asset for clause in policy.clauses]).images
 
 
 def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path | None) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path |
     assets = list(dict.fromkeys(policy.assets(cited, "steer")))
     if len(assets) != 1:
         raise CannotSteerError("images are steered away from one asset at a time")
-    files = find_references(policy, folder, assets[0])
+    files = find_references(policy, folder).get(assets[0])
     if not files:
         raise CannotSteerError("there is no reference image of its asset")
     names = [name for clause in policy.clauses if clause.asset == assets[0] for name in (clause.asset, *clause.names)]
@@ -48,5 +48,6 @@ def steer(policy: Policy, cited: Sequence[str], model: str, folder: str | Path |
 
 def unsteerable(policy: Policy, folder: str | Path | None) -> list[str]:
     """Return the assets of clauses that steer without any reference image."""
+    images = find_references(policy, folder)
     assets = [clause.asset for clause in policy.clauses if clause.action == "steer"]
-    return [asset for asset in dict.fromkeys(assets) if not find_references(policy, folder, asset)]
+    return [asset for asset in dict.fromkeys(assets) if not images.get(asset)]
