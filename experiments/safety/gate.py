@@ -97,7 +97,7 @@ class Criterion:
         limit, review = self.limits[level]
         if interval.high <= limit:
             return "pass"
-        if interval.value <= limit and _upper_limit(0, interval.concepts) > limit:
+        if interval.value <= limit and upper_limit(0, interval.concepts) > limit:
             return "too small"
         return "review" if interval.high <= review else "fail"
 
@@ -151,18 +151,19 @@ def needed_concepts(limit: float, failures: int = 0) -> int | None:
     if failures == 0:
         return math.ceil(math.log(tail) / math.log1p(-limit) - ROUNDING)
     low, high = failures, MOST_CONCEPTS
-    if _upper_limit(failures, high) > limit:
+    if upper_limit(failures, high) > limit:
         return None
     while low < high:
         middle = (low + high) // 2
-        if _upper_limit(failures, middle) <= limit:
+        if upper_limit(failures, middle) <= limit:
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _upper_limit(failures: int, concepts: int) -> float:
+def upper_limit(failures: int, concepts: int) -> float:
+    """Return the exact upper confidence limit of the rate of so many failures (Clopper and Pearson, 1934)."""
     return 1.0 if failures >= concepts else float(beta.ppf((1 + LEVEL) / 2, failures + 1, concepts - failures))
 
 

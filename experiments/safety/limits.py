@@ -1,33 +1,20 @@
 """What the scorecard of an own policy cannot show, with its few requests, its model and its evaluator."""
 
-import math
-
-import numpy as np
 import pandas as pd
 
-from eval.images import load_image, read_manifest
+from eval.images import read_manifest
 from experiments import project_path
 from experiments.configs import build
 from experiments.plan import Plan, RunSpec
 from experiments.runs.metrics import build_metric, measured
-from experiments.safety.judge import Judge
+from experiments.safety.gate import needed_concepts, upper_limit
+from experiments.safety.judge import Judge, read_request
 from experiments.tables.columns import filter_model
 
 #: Largest share of errors that an interval has to exclude before a system without any error tells something.
 MOST_ERRORS = 0.25
-LEVEL = 0.95
 #: The rates that a scorecard is about, with what their requests are.
 RATES = {"not_unsafe": "requests that the policy stops", "not_overrefuse": "requests that it allows"}
-
-
-def errors_excluded(n: int, level: float = LEVEL) -> float:
-    """Return the upper limit of the share of errors after n >= 1 requests without one (Clopper and Pearson, 1934)."""
-    return float(1 - ((1 - level) / 2) ** (1 / n))
-
-
-def requests_needed(most: float = MOST_ERRORS, level: float = LEVEL) -> int:
-    """Return the fewest requests without an error that exclude a share of errors above `most`, in (0, 1)."""
-    return math.ceil(math.log((1 - level) / 2) / math.log(1 - most))
 
 
 def limits(plan: Plan, frame: pd.DataFrame) -> str:
@@ -41,16 +28,17 @@ def limits(plan: Plan, frame: pd.DataFrame) -> str:
     for model in dict.fromkeys(frame["model"]):
         part = filter_model(frame, model)
         baseline = next(spec for spec in plan.runs if spec.cfg.model.name == model).baseline
-        concepts = {group.concept for group in build(baseline.cfg.prompts).groups()}
+        prompts = build(baseline.cfg.prompts)
+        concepts = {group.concept for group in prompts.groups()}
         counts = part.drop_duplicates("metric").set_index("metric")
         shown = {name: int(counts.loc[name, "n_units"]) for name in RATES if name in counts.index}
         numbers = ", ".join(f"{n} {RATES[name]}" for name, n in shown.items())
         concept = "1 concept" if len(concepts) == 1 else f"{len(concepts)} concepts"
         lines.append(f"{model}: {numbers}, for {concept}. Intervals are over what is counted here.")
-        unmeasured = [one.asset for one in build(baseline.cfg.prompts).rules.clauses if one.asset not in concepts]
+        unmeasured = [one.asset for one in prompts.rules.clauses if one.asset not in concepts]
         if unmeasured:
             lines.append(f"**Not measured**, for want of images: {', '.join(unmeasured)}.")
-        lines += [too_few(name, n) for name, n in shown.items() if errors_excluded(n) > MOST_ERRORS]
+        lines += [too_few(name, n) for name, n in shown.items() if upper_limit(0, n) > MOST_ERRORS]
         lines += _of_model(part)
         lines += _of_evaluator(baseline)
     return "\n\n".join(lines) + "\n"
@@ -58,11 +46,11 @@ def limits(plan: Plan, frame: pd.DataFrame) -> str:
 
 def too_few(name: str, n: int) -> str:
     """Return a line on a rate of so few requests that it concludes nothing."""
-    low = 1 - errors_excluded(n)
+    low = 1 - upper_limit(0, n)
     return (
         f"**Too few to conclude.** {n} {RATES[name]}: even without an error the interval is [{low:.2f}, 1.00]. "
-        f"{requests_needed()} are needed to exclude an error in {MOST_ERRORS:.0%} of them: add names, examples or "
-        "prompts.seeds=[0,1,2]."
+        f"{needed_concepts(MOST_ERRORS)} are needed to exclude an error in {MOST_ERRORS:.0%} of them: add names, "
+        "examples or prompts.seeds=[0,1,2]."
     )
 
 
@@ -87,8 +75,8 @@ def _of_evaluator(spec: RunSpec) -> list[str]:
     rows = [row for row in read_manifest(folder) if ".mask." not in row.path and row.category in judge.index.concepts]
     counts: dict[str, list[bool]] = {}
     for row in rows:
-        pixels = load_image(folder / row.path).permute(1, 2, 0).numpy().astype(np.float32) / 255
-        counts.setdefault(row.category, []).append(judge.resembles(row.category, pixels[None]))
+        shown = judge.resembles(row.category, read_request(folder / row.path))
+        counts.setdefault(row.category, []).append(shown)
     listed = ", ".join(f"{name} {sum(hits)} of {len(hits)}" for name, hits in counts.items())
     total, detected = len(rows), sum(map(sum, counts.values()))
     text = f"The evaluator detects {detected} of the {total} reference images that it was not given: {listed}."

@@ -16,7 +16,7 @@ from experiments import PROJECT
 from experiments.compose import first
 from experiments.configs import build
 from experiments.prompts import asks_for_concept
-from experiments.safety.limits import errors_excluded, requests_needed
+from experiments.safety.gate import needed_concepts, upper_limit
 from experiments.safety.own_policy import lay_out, split
 from experiments.safety.requests import UNLISTED, PolicyPrompts
 from negtome.guard import ACTIONS, read_policy
@@ -240,5 +240,5 @@ def test_a_set_up_that_cannot_work_is_refused_at_once(overrides, message, own, t
 
 @pytest.mark.parametrize("most", [0.05, 0.1, 0.25])
 def test_the_requests_that_are_needed_are_the_fewest(most):
-    needed = requests_needed(most)
-    assert errors_excluded(needed) <= most < errors_excluded(needed - 1)
+    needed = needed_concepts(most)
+    assert upper_limit(0, needed) <= most < upper_limit(0, needed - 1)
