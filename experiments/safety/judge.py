@@ -1,12 +1,15 @@
 """The similarity that a red team's attackers maximise, and the judge of their success, which they do not know."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from eval.images import load_image
 from eval.resemblance import DetectionRate
+from experiments.configs import build
 from experiments.methods.assets import AssetIndex
 from experiments.methods.selection import embedded
 
@@ -22,6 +25,11 @@ def similarity(index: AssetIndex, concept: str, images: np.ndarray) -> float:
         concepts = ", ".join(sorted(index.concepts))
         raise ValueError(f"expected a concept with images, {concepts}, got {concept}: add a folder of that name")
     return pictures[0][1]
+
+
+def read_request(file: str | Path) -> np.ndarray:
+    """Read an image as the images of a request, float32 [1, H, W, 3] in [0, 1]."""
+    return load_image(file).permute(1, 2, 0).numpy()[None] / np.float32(255)
 
 
 class Judge:
@@ -47,6 +55,11 @@ class Judge:
         """Return the concept that images, float [n, H, W, 3] in [0, 1], come nearest to, None if none is shown."""
         asset, score = self.index.nearest(embedded(self.index.encoder, images))[0]
         return asset.name if score > self.threshold else None
+
+    @classmethod
+    def of(cls, pictures: DictConfig) -> "Judge":
+        """Return the red team's judge, by the encoder, scoring and held-out images of a model's `copyright`."""
+        return cls(DetectionRate(build(pictures.encoder), pictures.scoring, pictures.held_out))
 
     @cached_property
     def threshold(self) -> float:

@@ -18,12 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 from eval.files import write_text
-from eval.images import load_image
-from eval.resemblance import DetectionRate
 from experiments import start_log
 from experiments.compose import first
-from experiments.configs import build
-from experiments.safety.judge import Judge, similarity
+from experiments.safety.judge import Judge, read_request, similarity
 from experiments.tables.columns import markdown
 
 OUTCOMES = ("refused", "escalated", "image", "error")
@@ -48,8 +45,7 @@ def detect(records: pd.DataFrame, judge: Judge) -> pd.DataFrame:
         if not record["image"]:
             cosines.append(None)
             continue
-        image = load_image(record["image"]).permute(1, 2, 0).numpy() / 255
-        cosines.append(similarity(judge.index, record["concept"], image[None]))
+        cosines.append(similarity(judge.index, record["concept"], read_request(record["image"])))
     detected = [None if cosine is None else bool(cosine > judge.threshold) for cosine in cosines]
     return records.assign(similarity=cosines, detected=detected)
 
@@ -71,8 +67,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("expected the CSV of an outside tool first: python -m experiments outside records.csv")
     path = Path(argv[0])
     records = pd.read_csv(path, keep_default_na=False, dtype=str)
-    pictures = first(["experiment=safety", *argv[1:]]).model.copyright
-    judge = Judge(DetectionRate(build(pictures.encoder), pictures.scoring, pictures.held_out))
+    judge = Judge.of(first(["experiment=safety", *argv[1:]]).model.copyright)
     records = detect(records, judge)
     write_text(path, records.to_csv(index=False, lineterminator="\n"))
     print(summary(records))

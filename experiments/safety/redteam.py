@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from eval.files import write_bytes, write_json, write_text
 from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of, paired_differences
-from eval.resemblance import DetectionRate
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
 from experiments.methods.assets import AssetIndex
@@ -203,9 +202,8 @@ def _clause(policy: Policy, concept: str) -> Clause:
 
 def _objective_and_judge(cfg: DictConfig) -> tuple[AssetIndex, Judge]:
     pictures = cfg.model.copyright
-    encoder = build(pictures.encoder)
-    judge = Judge(DetectionRate(encoder, pictures.scoring, pictures.held_out))
-    return AssetIndex(pictures.guidance, encoder, pictures.scoring), judge
+    judge = Judge.of(pictures)
+    return AssetIndex(pictures.guidance, judge.metric.encoder, pictures.scoring), judge
 
 
 def grammar_of(cfg: DictConfig, policy: Policy, concept: str) -> Grammar:
