@@ -27,7 +27,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from negtome.validation import read_step_range
+from negtome.validation import one_line, read_step_range
 
 COMMANDS = ("generate", "serve", "guard", "demo", "doctor")
 #: Value on the command line that means "as the pipeline or the published settings have it".
@@ -105,9 +105,8 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """Return a message as one line without control characters, which may come from somebody's file."""
-    text = " ".join(str(error).split())
-    printable = "".join(character if character.isprintable() else "?" for character in text)
+    """Return a message as one line, cut off after `LONGEST` characters."""
+    printable = one_line(str(error))
     return printable if len(printable) <= LONGEST else f"{printable[:LONGEST]}..."
 
 

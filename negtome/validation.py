@@ -1,4 +1,4 @@
-"""Check numbers from users; each error is one line that says what was expected."""
+"""Check numbers from users; each error is one line that says what was expected. Print texts of others as one line."""
 
 import math
 import sys
@@ -6,6 +6,11 @@ from typing import Any
 
 #: The largest float. `math.isfinite` raises for larger integers.
 _LARGEST = sys.float_info.max
+
+
+def one_line(text: str) -> str:
+    """Return a text, which may come from somebody's file, as one line with ? for control characters."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def to_python_scalar(value: Any) -> Any:

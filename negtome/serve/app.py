@@ -32,6 +32,7 @@ from negtome.guard.verdict import Guard, GuardError, Verdict, check_text, decide
 from negtome.serve.makers import WAIT, Maker, out_of_time
 from negtome.serve.request import LARGEST_SEED, LONGEST_BODY, ImageRequest, Limits, RequestError, read_request
 from negtome.serve.steering import CannotSteerError
+from negtome.validation import one_line
 
 #: Code of every answer without an image that the policy leads to, as of OpenAI's servers.
 VIOLATION = "content_policy_violation"
@@ -147,8 +148,8 @@ class Service:
             "images_sha256": [hashlib.sha256(file).hexdigest() for file in files],
         }
         data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
-        said = {"action": action, "clauses": list(clauses)}
-        return {"created": int(time.time()), "data": data, "negtome": said}, details
+        decision = {"action": action, "clauses": list(clauses)}
+        return {"created": int(time.time()), "data": data, "negtome": decision}, details
 
     def _decide(self, prompt: str, deadline: float) -> Verdict:
         remote = is_remote(self.guard)
@@ -261,8 +262,8 @@ def _png(image: Any) -> bytes:
 
 def _report(what: str, error: BaseException) -> None:
     """Print an error for the person who runs the server, as one line without control characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    print(f"serve: {what}: {''.join(c if c.isprintable() else '?' for c in text)}", file=sys.stderr, flush=True)
+    text = one_line(f"{type(error).__name__}: {error}")[:500]
+    print(f"serve: {what}: {text}", file=sys.stderr, flush=True)
 
 
 def make_app(service: Service, key: str = "", hosts: Sequence[str] = LOCAL_NAMES) -> Starlette:

@@ -11,6 +11,7 @@ from negtome.guard.policy import Policy, read_policy
 from negtome.guard.verdict import Verdict, decide
 from negtome.recipe import Recipe
 from negtome.serve.steering import CannotSteerError, steer
+from negtome.validation import one_line
 
 #: Options that are no part of a recipe.
 OPTIONS = ("policy", "references", "audit")
@@ -50,9 +51,9 @@ def main(options: argparse.Namespace) -> int:
 
     def decided(recipe: Recipe) -> Recipe:
         verdict = decide(policy, guard, recipe.prompt, None if audit is None else Audit(audit))
-        print(f"{verdict.action}: {_escape(verdict.reason)}", flush=True)
+        print(f"{verdict.action}: {one_line(verdict.reason)}", flush=True)
         for name in verdict.clauses:
-            print(f"  cites  {_escape(policy.criterion(name))}")
+            print(f"  cites  {one_line(policy.criterion(name))}")
         return _act(policy, verdict, recipe, references, options.compare)
 
     try:
@@ -80,7 +81,3 @@ def _act(policy: Policy, verdict: Verdict, recipe: Recipe, references: str | Non
     if recipe.negative_prompt is not None:
         fields["negative_prompt"] = f"{recipe.negative_prompt}, {fields['negative_prompt']}"
     return recipe.replace(**fields)
-
-
-def _escape(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
