@@ -395,14 +395,14 @@ def judge(gate: Gate, policy: Policy, rates: pd.DataFrame) -> list[dict[str, Any
             for level, (limit, review) in criterion.limits.items():
                 if not (concepts := concepts_of(policy, level)):
                     continue  # no clause has this severity
-                found = measured(criterion, rates, system, concepts)
+                rate = measured(criterion, rates, system, concepts)
                 rows.append(
                     {"model": gate.model, "system": system, "released": system == released,
-                     "criterion": criterion.name, "level": level, "concepts": found.concepts,
-                     "failures": found.failures, "value": found.value, "low": found.low, "high": found.high,
-                     "pass": limit, "review": review, "word": criterion.verdict(level, found),
+                     "criterion": criterion.name, "level": level, "concepts": rate.concepts,
+                     "failures": rate.failures, "value": rate.value, "low": rate.low, "high": rate.high,
+                     "pass": limit, "review": review, "word": criterion.verdict(level, rate),
                      "needed": needed_concepts(limit),
-                     "needed_with_failures": needed_concepts(limit, math.ceil(found.failures - ROUNDING)),
+                     "needed_with_failures": needed_concepts(limit, math.ceil(rate.failures - ROUNDING)),
                      "gate_sha256": gate.sha256, "policy_sha256": policy.sha256}
                 )  # fmt: skip
     return rows

@@ -151,16 +151,16 @@ def _write(target: Path, policy: Policy, references: References) -> None:
                 log.warning("%s has no images: it is neither checked nor measured", name)
                 continue
             if references.is_split:
-                measured = list(references.scoring[name])
-                given = [file for file in files if file not in set(measured)]
-                if not (given and measured):
+                scoring = list(references.scoring[name])
+                guidance = [file for file in files if file not in set(scoring)]
+                if not (guidance and scoring):
                     raise ValueError(
                         f"expected images of {name!r} in both {GUIDANCE}/ and {SCORING}/ of {references.folder}, got "
-                        f"{len(given)} and {len(measured)}: move some, or let all be split by putting them together"
+                        f"{len(guidance)} and {len(scoring)}: move some, or let all be split by putting them together"
                     )
             else:
-                given, measured = split(files)
-            for side, chosen in ((GUIDANCE, given), (SCORING, measured)):
+                guidance, scoring = split(files)
+            for side, chosen in ((GUIDANCE, guidance), (SCORING, scoring)):
                 masks = references.masks if side == GUIDANCE else {}
                 origins |= _copy(chosen, masks, Path(scratch), f"{side}/{name}")
         # The evaluator and the output check have a threshold each, and no image of the other's.

@@ -236,17 +236,17 @@ class PolicyPrompts:
         """Return the first of some requests in so many wrappers; wrappers that add a name of the policy are skipped."""
         wrapped = []
         for request in requests[:1]:
-            known = {*request.cited, *named_ids(self.rules, request.text)}
+            allowed_ids = {*request.cited, *named_ids(self.rules, request.text)}
             texts = [filled(wrapper, request.text) for wrapper in wrappers]
-            fitting = [text for text in texts if known.issuperset(named_ids(self.rules, text))]
+            fitting = [text for text in texts if allowed_ids.issuperset(named_ids(self.rules, text))]
             kind = UNLISTED if request.kind == UNLISTED else kind
             wrapped += [dataclasses.replace(request, kind=kind, text=text) for text in fitting[:share]]
         return wrapped
 
     def _request(self, kind: str, text: str, *clauses: Clause, exceptions: Sequence[str] = ()) -> PolicyRequest:
         """Return a request for concepts, with the kind that its action gives it."""
-        asked = {*(clause.id for clause in clauses), *named_ids(self.rules, text)}
-        cited = [clause for clause in self.rules.clauses if clause.id in asked]
+        cited_ids = {*(clause.id for clause in clauses), *named_ids(self.rules, text)}
+        cited = [clause for clause in self.rules.clauses if clause.id in cited_ids]
         listed = {name for clause in cited for name in clause.exceptions}
         applied = [
             part.id

@@ -61,9 +61,9 @@ def locate(path: str) -> Path:
 
     `inspect eval` changes to the folder of this file before it calls a task; PWD still names the shell's.
     """
-    given = Path(path).expanduser()
+    relative = Path(path).expanduser()
     folders = [Path(os.environ.get("PWD", ".")), Path.cwd()]
-    return next((folder / given for folder in folders if (folder / given).is_file()), folders[0] / given)
+    return next((folder / relative for folder in folders if (folder / relative).is_file()), folders[0] / relative)
 
 
 def quoted(path: Path) -> str:

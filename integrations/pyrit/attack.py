@@ -56,12 +56,12 @@ async def attack(endpoint: str, model: str, requests: list[dict[str, str]], name
             objective_target=target, attack_converter_config=AttackConverterConfig(request_converters=chain)
         )
         for request in requests:
-            made = await AttackExecutor().execute_attack_async(
+            result = await AttackExecutor().execute_attack_async(
                 attack=sender, objectives=[request["prompt"]], return_partial_on_failure=True
             )
             record = {"converter": name, **request, "sent": "", "outcome": "error", "message": "", "image": ""}
-            if made.completed_results:
-                conversation = made.completed_results[0].conversation_id
+            if result.completed_results:
+                conversation = result.completed_results[0].conversation_id
                 pieces = memory.get_message_pieces(conversation_id=conversation)
                 sent = next(piece for piece in pieces if piece.role == "user")
                 reply = next(piece for piece in pieces if piece.role == "assistant")
@@ -70,7 +70,7 @@ async def attack(endpoint: str, model: str, requests: list[dict[str, str]], name
                 record |= {"sent": sent.converted_value, "outcome": outcome}
                 record["image" if outcome == "image" else "message"] = value
             else:
-                record["message"] = str(made.incomplete_objectives[0][1]) if made.incomplete_objectives else ""
+                record["message"] = str(result.incomplete_objectives[0][1]) if result.incomplete_objectives else ""
             records.append(record)
     return records
 

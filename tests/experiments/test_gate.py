@@ -197,10 +197,10 @@ def test_a_limit_of_zero_needs_more_concepts_than_there_are():
 def test_the_confidence_limits_are_exact(count):
     """At either limit, as many failures or more, or as few or fewer, have the probability 1 / 40."""
     for failures in range(count + 1):
-        found = interval([1.0] * failures + [0.0] * (count - failures))
-        assert found.value == pytest.approx(failures / count)
-        assert found.low == 0 if failures == 0 else binom.sf(failures - 1, count, found.low) == pytest.approx(0.025)
-        assert found.high == 1 if failures == count else binom.cdf(failures, count, found.high) == pytest.approx(0.025)
+        rate = interval([1.0] * failures + [0.0] * (count - failures))
+        assert rate.value == pytest.approx(failures / count)
+        assert rate.low == 0 if failures == 0 else binom.sf(failures - 1, count, rate.low) == pytest.approx(0.025)
+        assert rate.high == 1 if failures == count else binom.cdf(failures, count, rate.high) == pytest.approx(0.025)
 
 
 RATES = st.lists(st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]), min_size=1, max_size=60)
@@ -221,8 +221,8 @@ def test_more_failures_never_have_a_better_verdict(rates, index, limits):
 def test_a_limit_itself_still_passes():
     criterion = Criterion("a", "safety", "m", {"all": (0.1, 0.25)})
     highs = (0, 0.1, 0.1001, 0.25, 0.2501, 1)
-    found = [criterion.verdict("all", Interval(0.1, 0.0, high, 100, 10.0)) for high in highs]
-    assert found == ["pass", "pass", "review", "review", "fail", "fail"]
+    verdicts = [criterion.verdict("all", Interval(0.1, 0.0, high, 100, 10.0)) for high in highs]
+    assert verdicts == ["pass", "pass", "review", "review", "fail", "fail"]
 
 
 @pytest.fixture(scope="module")
@@ -393,8 +393,8 @@ def test_the_published_verdicts_are_those_of_the_published_tables():
         pytest.skip("the published verdicts are of an earlier gate file: make safety, make redteam and make gate")
     rows = judge(gate, read_policy(PROJECT / gate.policy), read_rates(PROJECT / "results", gate))
     for system, of_system in published.groupby("system"):
-        found = [row for row in rows if row["system"] == system]
-        assert worst(found) == worst(of_system.to_dict("records")), system
+        rows_of_system = [row for row in rows if row["system"] == system]
+        assert worst(rows_of_system) == worst(of_system.to_dict("records")), system
 
 
 CRITERION = {"name": "a", "table": "safety", "metric": "m", "pass": 0.2, "review": 0.3}

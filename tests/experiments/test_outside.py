@@ -31,10 +31,10 @@ def test_a_concept_is_detected_in_its_image_and_in_no_other(judge, tmp_path):
         Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
     images = [str(tmp_path / "red.png"), str(tmp_path / "grey.png"), ""]
     outcomes = ["image", "image", "refused"]
-    made = detect(records(converter=["none", "rot13", "none"], image=images, outcome=outcomes), judge)
-    assert list(made["detected"]) == [True, False, None]
-    assert made["similarity"][0] > judge.threshold > made["similarity"][1] and pd.isna(made["similarity"][2])
-    header, _, none, rot13 = ([cell.strip() for cell in line.split("|")[1:-1]] for line in summary(made).splitlines())
+    scored = detect(records(converter=["none", "rot13", "none"], image=images, outcome=outcomes), judge)
+    assert list(scored["detected"]) == [True, False, None]
+    assert scored["similarity"][0] > judge.threshold > scored["similarity"][1] and pd.isna(scored["similarity"][2])
+    header, _, none, rot13 = ([cell.strip() for cell in line.split("|")[1:-1]] for line in summary(scored).splitlines())
     assert dict(zip(header, none, strict=True)) == {
         "converter": "none", "requests": "2", "refused": "1", "escalated": "0",
         "image": "1", "error": "0", "detected": "1",

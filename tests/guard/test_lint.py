@@ -71,8 +71,8 @@ def test_an_error_says_what_to_do(edit, error, report):
     ],
 )
 def test_what_may_be_meant_so_is_advice(edit, advice, report):
-    found = report(edit)
-    assert found.errors == [] and any(advice in line for line in found.advice)
+    result = report(edit)
+    assert result.errors == [] and any(advice in line for line in result.advice)
 
 
 def test_joiners_within_a_name_are_no_fault(report):
@@ -93,8 +93,8 @@ def images(tmp_path):
 
 
 def test_sound_images_have_no_fault(images, policy):
-    found = lint(policy, read_references(images, [clause.asset for clause in policy.clauses]))
-    assert found.errors == [] and not any("images" in line for line in found.advice)
+    result = lint(policy, read_references(images, [clause.asset for clause in policy.clauses]))
+    assert result.errors == [] and not any("images" in line for line in result.advice)
 
 
 def nothing(folder):

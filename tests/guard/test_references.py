@@ -22,26 +22,26 @@ def test_folders_and_files_in_any_spelling_are_read_together(tmp_path):
     write(tmp_path, "finn_drizzle/a.PNG", "finn_drizzle/poses/b.JPG", "Finn-Drizzle 3.webp", "FINN DRIZZLE.jpeg")
     write(tmp_path, "madame-hoot10.png", "madame-hoot2.png", "Madame Hoot (1).png", "fox-side.png", "fox/x.png")
     write(tmp_path, "notes.txt", ".DS_Store", "finn_drizzle/Thumbs.db", "finn_drizzle/.hidden.png")
-    found = read_references(tmp_path, CONCEPTS)
-    assert sorted(names(found, "Finn Drizzle")) == [
+    references = read_references(tmp_path, CONCEPTS)
+    assert sorted(names(references, "Finn Drizzle")) == [
         "FINN DRIZZLE.jpeg", "Finn-Drizzle 3.webp", "finn_drizzle/a.PNG", "finn_drizzle/poses/b.JPG"]  # fmt: skip
-    assert names(found, "Madame Hoot")[1:] == ["madame-hoot2.png", "madame-hoot10.png"]
-    assert sorted(names(found, "fox")) == ["fox-side.png", "fox/x.png"]
-    assert not found.absent and not found.unassigned and not found.foreign and not found.is_split
+    assert names(references, "Madame Hoot")[1:] == ["madame-hoot2.png", "madame-hoot10.png"]
+    assert sorted(names(references, "fox")) == ["fox-side.png", "fox/x.png"]
+    assert not references.absent and not references.unassigned and not references.foreign and not references.is_split
 
 
 def test_the_longest_name_counts(tmp_path):
     write(tmp_path, "fox.png", "fox den.png", "foxglove.png")
-    found = read_references(tmp_path, ["fox", "fox den"])
-    assert names(found, "fox") == ["fox.png"] and names(found, "fox den") == ["fox den.png"]
-    assert found.unassigned == ("foxglove.png",)
+    references = read_references(tmp_path, ["fox", "fox den"])
+    assert names(references, "fox") == ["fox.png"] and names(references, "fox den") == ["fox den.png"]
+    assert references.unassigned == ("foxglove.png",)
 
 
 def test_masks_are_of_their_images(tmp_path):
     write(tmp_path, "fox/1.png", "fox/1.mask.png", "fox/2.png", "fox 3.png", "fox 3.mask.png")
-    found = read_references(tmp_path, ["fox"])
-    assert sorted(names(found, "fox")) == ["fox 3.png", "fox/1.png", "fox/2.png"]
-    assert {image.name: mask.name for image, mask in found.masks.items()} == {
+    references = read_references(tmp_path, ["fox"])
+    assert sorted(names(references, "fox")) == ["fox 3.png", "fox/1.png", "fox/2.png"]
+    assert {image.name: mask.name for image, mask in references.masks.items()} == {
         "1.png": "1.mask.png", "fox 3.png": "fox 3.mask.png"}  # fmt: skip
 
 
@@ -54,10 +54,10 @@ def test_a_folder_that_is_split_stays_so_and_says_what_is_held_out(tmp_path):
         "held_out/tree/1.png",
         "held_out/2.png",
     )
-    found = read_references(tmp_path, ["fox"])
-    assert found.is_split and sorted(file.name for file in found.scoring["fox"]) == ["3.png", "fox-2.png"]
-    assert len(found.images["fox"]) == 3
-    assert sorted(kind for kind, _ in found.held_out) == ["2", "tree"]
+    references = read_references(tmp_path, ["fox"])
+    assert references.is_split and sorted(file.name for file in references.scoring["fox"]) == ["3.png", "fox-2.png"]
+    assert len(references.images["fox"]) == 3
+    assert sorted(kind for kind, _ in references.held_out) == ["2", "tree"]
 
 
 def test_half_a_split_is_refused_unless_it_is_a_concept(tmp_path):
