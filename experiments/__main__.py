@@ -36,6 +36,7 @@ COMMANDS = {
     "applications": "experiments.figures.applications",
     "stereotypes": "experiments.tables.stereotypes",
     "notebooks": "experiments.report.notebooks",
+    "try": "experiments.try_method",
     "demo": "experiments.demo",
     "doctor": "experiments.doctor",
     "floors": "experiments.safety.floors",

@@ -4,6 +4,7 @@
     negtome generate "a photo of a dog" --model ORGANISATION/NAME  any diffusers folder, or repository of the hub
     negtome generate "a photo of a dog" -n 4 --alpha 0.9 --threshold 0.7 --timestep-range 850:1000 --seed 3
     negtome generate "a photo of a panda" --reference panda.png --mask panda.mask.png    away from that image
+    negtome generate "a photo of a dog" --method cads              by another method of the benchmark (in a checkout)
     negtome generate "a photo of a dog" --policy P                 decide the prompt by a policy first
     negtome generate --from with-0.png                             again, with the settings stored in an image
     negtome demo                                                   the same in a browser
@@ -86,8 +87,11 @@ def _import(module: str, extra: str) -> Any:
 
 
 def _generate(arguments: list[str]) -> int:
+    flags = {argument.split("=")[0] for argument in arguments}
+    if "--method" in flags:
+        return _run_in_checkout("try", arguments)
     parser = _parser()
-    if any(argument.split("=")[0] == "--policy" for argument in arguments):  # needs the packages of negtome[guard]
+    if "--policy" in flags:  # needs the packages of negtome[guard]
         module = _import("negtome.serve.single", "guard")
         module.add_options(parser)
         code: int = module.main(parser.parse_args(arguments))
@@ -184,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--policy", metavar="P", help="decide the prompt by this policy first; --policy P --help lists more options"
     )
+    run.add_argument("--method", metavar="M", help="another method, in a checkout; --method M --help lists its options")
     run.add_argument("--low-memory", action="store_true", default=False, help="keep idle parts off the GPU")
     return parser
 
