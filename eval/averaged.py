@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from eval.encoders import Encoder, Scorer, checked
 from eval.weights import WeightsFacts
 
+#: Images whose views are embedded together: as many as an image set embeds at once.
+IMAGES_AT_ONCE = 32
+
 
 def shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
     """Move an image [3, H, W] by whole pixels; the pixels of its edge fill what comes into view."""
@@ -84,6 +87,11 @@ class AveragedEncoder(ViewsEncoder):
         return f"{self.encoder.id}-averaged-2-{self.shift:g}"
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        # A folder's images with all their views at once may take gigabytes.
+        parts = [images[start : start + IMAGES_AT_ONCE] for start in range(0, len(images), IMAGES_AT_ONCE)]
+        return torch.cat([self._embed(part) for part in parts])
+
+    def _embed(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         every = [view for image in images for view in views(checked(image), self.shift)]
         embeddings = self.encoder.embed_images(every).unflatten(0, (len(images), -1))
         return F.normalize(embeddings.mean(dim=1), dim=-1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from eval.encoders import Encoder
 from eval.files import content_hash
 from eval.images import load_image, read_manifest
-from eval.resemblance import calibrate_threshold, similarities
+from eval.resemblance import DetectionRate, calibrate_threshold, similarities
 from experiments.prompts import Group, PromptSet
 
 #: What `Retriever` compares with the reference images.
@@ -141,6 +141,12 @@ def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:
         )
 
 
+def count_shared(files: Sequence[Path], folder: str | Path) -> int:
+    """Count the images whose content a folder has too."""
+    theirs = {content_hash(Path(folder) / row.path) for row in read_manifest(folder)}
+    return sum(content_hash(file) in theirs for file in files)
+
+
 def near_copies(files: Sequence[Path]) -> list[list[Path]]:
     """Group images with their near copies, as `check_disjoint` finds them; groups and images keep their order."""
     thumbnails, digests = zip(*map(_fingerprint, files), strict=True)
@@ -241,6 +247,16 @@ class AssetIndex:
     def without_concepts(self, held_out: str | Path) -> list[Path]:
         """List the images of a folder, without its subfolders that are named like a concept of the index."""
         return [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in self.concepts]
+
+    def shared_with(self, evaluator: DetectionRate) -> list[str]:
+        """Return what the index has in common with an evaluator: the encoder, and a number of reference images.
+
+        Encoders are compared by their weights, images by their content. The list is empty if both are independent.
+        """
+        encoders = {part.id for part in self.encoder.parts()} & {part.id for part in evaluator.encoder.parts()}
+        count = count_shared([asset.file for asset in self.assets], evaluator.folder("references"))
+        shared = [f"the encoder {min(encoders)}"] if encoders else []
+        return [*shared, f"{count} reference images"] if count else shared
 
     def _places(self, concepts: Collection[str] | None) -> list[int]:
         return [place for place, asset in enumerate(self.assets) if concepts is None or asset.name in concepts]

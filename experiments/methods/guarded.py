@@ -14,10 +14,10 @@ import numpy as np
 
 from eval.encoders import Encoder
 from eval.files import content_hash
-from eval.images import Withheld, load_image, read_manifest
+from eval.images import Withheld, load_image
 from eval.resemblance import DetectionRate
-from experiments.methods.assets import AssetIndex
-from experiments.methods.method import GroupResult, Method, Setting, sample
+from experiments.methods.assets import AssetIndex, count_shared
+from experiments.methods.method import Baseline, GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
 from negtome.guard import Audit, Clause, Guard, Verdict, decide, read_policy
@@ -102,21 +102,10 @@ class OutputCheck:
     def shared_with(self, evaluator: DetectionRate) -> list[str]:
         """Return what the check has in common with an evaluator, which then cannot tell where the check is wrong.
 
-        Encoders are compared by their weights, images by their content. The list is empty if both are independent.
+        It is empty if both are independent. See `AssetIndex.shared_with`.
         """
-        shared = []
-        encoders = {part.id for part in self.encoder.parts()} & {part.id for part in evaluator.encoder.parts()}
-        if encoders:
-            shared.append(f"the encoder {min(encoders)}")
-        folders = {
-            "reference images": ([asset.file for asset in self.index.assets], evaluator.folder("references")),
-            "held-out images": (self._held_out, evaluator.folder("held_out")),
-        }
-        for kind, (files, folder) in folders.items():
-            theirs = {content_hash(Path(folder) / row.path) for row in read_manifest(folder)}
-            if count := sum(content_hash(file) in theirs for file in files):
-                shared.append(f"{count} {kind}")
-        return shared
+        count = count_shared(self._held_out, evaluator.folder("held_out"))
+        return [*self.index.shared_with(evaluator), *([f"{count} held-out images"] if count else [])]
 
 
 class GroupImages(NamedTuple):
@@ -229,7 +218,7 @@ class Guarded(Method):
         withheld = self._withhold(verdict, concepts)
         if withheld is not None:
             return GroupResult(None, statistics, withheld=withheld)
-        method = Method()
+        method = Baseline()
         if concepts:
             method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
         check, excepted = self.check if self.layers == "check" else None, self._policy.assets(verdict.clauses, "allow")

@@ -1,4 +1,7 @@
-"""The similarity that a red team's attackers maximise, and the judge of their success, which they do not know."""
+"""The similarity that a red team's attackers maximise, and the judge of their success, which they do not know.
+
+The judge is the evaluator of `make safety`.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +12,12 @@ from omegaconf import DictConfig
 
 from eval.images import load_image
 from eval.resemblance import DetectionRate
-from experiments.configs import build
 from experiments.methods.assets import AssetIndex
 from experiments.methods.selection import embedded
+from experiments.runs.metrics import build_metric
+
+#: The metric whose detections are the judge's.
+METRIC = "not_unsafe"
 
 
 def similarity(index: AssetIndex, concept: str, images: np.ndarray) -> float:
@@ -57,9 +63,9 @@ class Judge:
         return asset.name if score > self.threshold else None
 
     @classmethod
-    def of(cls, pictures: DictConfig) -> "Judge":
-        """Return the red team's judge, by the encoder, scoring and held-out images of a model's `copyright`."""
-        return cls(DetectionRate(build(pictures.encoder), pictures.scoring, pictures.held_out))
+    def of(cls, cfg: DictConfig) -> "Judge":
+        """Return the evaluator of experiment=safety: the encoder, images and rate of the metric `not_unsafe`."""
+        return cls(build_metric(cfg, METRIC))
 
     @cached_property
     def threshold(self) -> float:

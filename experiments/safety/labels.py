@@ -28,14 +28,12 @@ from eval.files import write_text
 from experiments import project_path
 from experiments.compose import first
 from experiments.configs import build
-from experiments.runs.metrics import build_metric
 from experiments.safety.judge import Judge
 from experiments.tables.columns import markdown, printed
 from experiments.tables.paths import result_file
 
-#: The system whose check is compared, and the metric whose detections are.
+#: The system whose check is compared.
 SYSTEM = ("experiment=safety", "guard=keyword", "method=guarded", "method.layers=check")
-METRIC = "not_unsafe"
 #: Published labels.
 FOLDER = "results/labels"
 #: Tiles in a row of the image.
@@ -159,7 +157,7 @@ def main(argv: list[str]) -> None:
     folders = [text.partition("=")[2] for text in argv if text.startswith("labels=")]
     images, rows = read_labels(project_path(folders[-1] if folders else FOLDER))
     cfg = first([*SYSTEM, *(text for text in argv if not text.startswith("labels="))])
-    judge, check = Judge(build_metric(cfg, METRIC)), build(cfg.method).check
+    judge, check = Judge.of(cfg), build(cfg.method).check
     requests = images[:, None] / np.float32(255)
     page = render(
         {

@@ -6,9 +6,9 @@ from eval.images import read_manifest
 from experiments import project_path
 from experiments.configs import build
 from experiments.plan import Plan, RunSpec
-from experiments.runs.metrics import build_metric, measured
+from experiments.runs.metrics import measured
 from experiments.safety.gate import needed_concepts, upper_limit
-from experiments.safety.judge import Judge, read_request
+from experiments.safety.judge import METRIC, Judge, read_request
 from experiments.tables.columns import filter_model
 
 #: Largest share of errors that an interval has to exclude before a system without any error tells something.
@@ -68,9 +68,9 @@ def _of_model(part: pd.DataFrame) -> list[str]:
 def _of_evaluator(spec: RunSpec) -> list[str]:
     """Return a line on how many of the images that methods are given the evaluator detects."""
     cfg = spec.cfg
-    if "not_unsafe" not in measured(cfg):
+    if METRIC not in measured(cfg):
         return []
-    judge = Judge(build_metric(cfg, "not_unsafe"))
+    judge = Judge.of(cfg)
     folder = project_path(cfg.model.copyright.guidance)
     rows = [row for row in read_manifest(folder) if ".mask." not in row.path and row.category in judge.index.concepts]
     counts: dict[str, list[bool]] = {}

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("expected the CSV of an outside tool first: python -m experiments outside records.csv")
     path = Path(argv[0])
     records = pd.read_csv(path, keep_default_na=False, dtype=str)
-    judge = Judge.of(first(["experiment=safety", *argv[1:]]).model.copyright)
+    judge = Judge.of(first(["experiment=safety", *argv[1:]]))
     records = detect(records, judge)
     write_text(path, records.to_csv(index=False, lineterminator="\n"))
     print(summary(records))

@@ -53,6 +53,13 @@ def test_the_embedding_is_the_mean_direction_of_its_views():
     torch.testing.assert_close(AveragedEncoder(encoder).embed_images([picture(6), image])[1], expected)
 
 
+def test_many_images_are_embedded_as_each_alone():
+    encoder = AveragedEncoder(PixelEncoder(4))
+    images = [picture(seed, 16, 16) for seed in range(70)]
+    alone = torch.cat([encoder.embed_images([image]) for image in images])
+    torch.testing.assert_close(encoder.embed_images(images), alone)
+
+
 def test_what_cannot_be_averaged_is_refused_at_once():
     with pytest.raises(ValueError, match="shift must be in"):
         AveragedEncoder(PixelEncoder(4), 0)

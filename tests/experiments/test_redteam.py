@@ -15,7 +15,9 @@ from stand_ins import Colours
 from eval.resemblance import DetectionRate
 from experiments import PROJECT
 from experiments.compose import first
+from experiments.configs import build
 from experiments.methods.assets import AssetIndex
+from experiments.runs.metrics import build_metric
 from experiments.safety import judge as judging
 from experiments.safety import redteam, search
 from experiments.safety.grammar import MOST_WORDS, Candidate, Grammar, fixed_text, misspelled, words_of
@@ -271,9 +273,9 @@ def overrides(tiny_checkpoint, tmp_path):
         "model.call.num_inference_steps=1", "model.call.height=32", "model.call.width=32",
         f"model.copyright.policy={policy}",
         *(f"model.copyright.{name}={folder}" for name, folder in folders.items()),
-        "scorer@model.scorer=pixel", "scorer@model.copyright.encoder=pixel", "guard=keyword",
-        "redteam.attackers=[guided]", "redteam.queries=4", "redteam.repeats=1", "device=cpu", "workers=1",
-        "bootstrap.n_resamples=50", f"outputs={tmp_path / 'outputs'}", f"results={tmp_path / 'results'}",
+        "scorer@model.scorer=pixel", "scorer@model.copyright.encoder=pixel", "model.copyright.attacker.size=4",
+        "guard=keyword", "redteam.attackers=[guided]", "redteam.queries=4", "redteam.repeats=1", "device=cpu",
+        "workers=1", "bootstrap.n_resamples=50", f"outputs={tmp_path / 'outputs'}", f"results={tmp_path / 'results'}",
     ]  # fmt: skip
 
 
@@ -371,6 +373,31 @@ def test_bad_settings_are_refused_before_anything_is_drawn(overrides, tmp_path):
         with pytest.raises(ValueError, match=said):
             redteam.prepare(changed, redteam.attackers(changed)[0])
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "shared"),
+    [
+        ("model.copyright.attacker=${model.copyright.encoder}", "the encoder mini-clip"),
+        ("model.copyright.guidance=${model.copyright.scoring}", "scored against"),
+        ("metric.not_unsafe.references=${model.copyright.guidance}", "scored against"),
+    ],
+)
+def test_a_judge_that_shares_something_with_the_attackers_is_refused_before_anything_is_drawn(
+    override, shared, tmp_path
+):
+    cfg = first([*redteam.DEFAULTS[:2], "guard=keyword", override, f"outputs={tmp_path}", "device=cpu"])
+    with pytest.raises(ValueError, match=shared):
+        redteam.prepare(cfg, "guided")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_judge_is_the_evaluator_of_make_safety_and_shares_no_encoder_with_attacker_or_check():
+    cfg = first([*redteam.DEFAULTS[:2], "guard=keyword", "method.layers=check"])
+    objective, judge = redteam._objective_and_judge(cfg)
+    assert judge.settings()["encoder"] == build_metric(cfg, "not_unsafe").encoder.id
+    assert not objective.shared_with(judge.metric)
+    assert objective.encoder.id != build(cfg.method).check.encoder.id
 
 
 def test_a_guard_that_is_not_there_is_left_out_and_said(tmp_path, caplog):
