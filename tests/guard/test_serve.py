@@ -696,3 +696,31 @@ def test_generate_with_an_image_check_writes_no_image_that_it_does_not_pass(
     capsys.readouterr()
     assert main(["generate", "a bat", *options]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_serves_the_small_model_and_its_output_is_a_log(
+    written, document, tmp_path, server, capsys, monkeypatch
+):
+    def run(self, sockets):
+        assert SECRET not in capsys.readouterr().out  # also drops what loading the model prints
+        client = TestClient(self.config.app, base_url="http://localhost")
+        request = {"prompt": "a bat " * 20, "n": 1, "size": "auto", "model": "mini-sdxl"}  # as PyRIT sends it
+        statuses.append(client.post(URL, json=request).status_code)
+
+    statuses = []
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setenv("NEGTOME_CHECK_API_KEY", SECRET)
+    server.answer = completion(sight(None))
+    audit = tmp_path / "audit.jsonl"
+    options = (
+        f"--guard keyword --port 0 --size 32x32 --check chat --check-base-url {server.url} --check-model m".split()
+    )
+    options += ["--policy", str(written(document)), "--model", str(PROJECT / "models/mini-sdxl")]
+    assert main(["serve", *options, "--audit", str(audit), "--queue", str(tmp_path / "queue")]) == 0
+    assert statuses == [200] and len(server.asked) == 2
+    start, *_, end = (json.loads(line) for line in audit.read_text().splitlines())
+    assert server.url in start["checks"][0] and end["answer"] == "images" and SECRET not in audit.read_text()
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("warning: the prompt is truncated")
+    assert SECRET not in printed.out
