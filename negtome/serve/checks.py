@@ -84,7 +84,7 @@ def try_checks(checks: Mapping[str, ImageCheck]) -> None:
     """Let each check look at a grey image, before a pipeline is loaded: is it there, and can it read images?
 
     Raises:
-        ValueError, OSError, ImportError, GuardError: it cannot; the message names the check.
+        ValueError, ImportError: it cannot; the message names the check.
     """
     for name, check in checks.items():
         try:
