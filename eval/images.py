@@ -27,7 +27,9 @@ PROMPTS = "prompts.json"
 METRICS = "metrics"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 # Image formats that are refused: they may hold several pages or more than 8 bits, or not every system decodes them.
-FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
+FOREIGN_SUFFIXES = (
+    ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd", ".svg",
+)  # fmt: skip
 UNKNOWN_SEED = -1
 # Ways in which a group can end without images; see `Withheld`.
 STATUSES = ("refused", "escalated", "blocked")

@@ -13,7 +13,7 @@ import tempfile
 import textwrap
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,17 +365,29 @@ def check_writable(folder: Path) -> None:
                 path.rmdir()
 
 
-def main(arguments: Namespace, change: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> None:
+def main(
+    arguments: Namespace,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    inspect_image: Callable[[Any], object] = lambda image: None,
+) -> None:
     """Make the images of a command line, write them and print where; warnings are printed as they come.
 
     Args:
         arguments: of the command line.
         change: returns the recipe to make instead of the command line's, or raises.
+        inspect_image: gets every PIL image before the first one is written; none is written if it raises.
     """
+    with warnings_as_lines():
+        _run(arguments, change, inspect_image)
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print warnings for users as one line each, and leave out those for developers."""
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = _print_warning
-        _run(arguments, change)
+        yield
 
 
 def _print_warning(
@@ -385,7 +397,7 @@ def _print_warning(
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _run(arguments: Namespace, change: Callable[[Recipe], Recipe]) -> None:
+def _run(arguments: Namespace, change: Callable[[Recipe], Recipe], inspect_image: Callable[[Any], object]) -> None:
     recipe = change(recipe_from_args(arguments))
     if arguments.compare and recipe.config is None:
         raise ValueError("--compare needs settings of NegToMe; leave --without or --compare out")
@@ -405,6 +417,9 @@ def _run(arguments: Namespace, change: Callable[[Recipe], Recipe]) -> None:
     if not arguments.compare:
         recipes = {kind: stored for kind, stored in recipes.items() if stored[0] == recipe}
     results = _make(recipe, device, offload, {kind: one for kind, (one, _) in recipes.items()})
+    for result in results.values():
+        for image in result.images:
+            inspect_image(image)
     folder.mkdir(parents=True, exist_ok=True)
     for kind, stored in recipes.items():
         for i, image in enumerate(results[kind].images):

@@ -2,14 +2,15 @@
 
     python integrations/pyrit/attack.py --endpoint http://127.0.0.1:8000/v1 --requests requests.csv --out outputs/pyrit
 
-Runs in an environment with pyrit (1.1 was tried) and without this project. `requests.csv` has the columns concept and
-prompt. Writes `records.csv`, one line for each request and converter, with the path of the image if one came back.
+Runs in an environment with pyrit (we ran 1.1.0) and without this project. `requests.csv` has the columns concept and
+prompt. Writes `records.csv`, one line for each request and converter, and a copy of each image that came back.
 docs/redteam.md has the whole command, and the one that looks for the concept in the images.
 """
 
 import argparse
 import asyncio
 import csv
+import shutil
 from pathlib import Path
 
 from pyrit import converter as converters
@@ -81,15 +82,19 @@ def main() -> None:
     parser.add_argument("--endpoint", default="http://127.0.0.1:8000/v1", help="address with /v1")
     parser.add_argument("--model", default="mini-sdxl", help="name of the model in the requests")
     parser.add_argument("--requests", type=Path, required=True, help="CSV with the columns concept and prompt")
-    parser.add_argument("--out", type=Path, required=True, help="folder of records.csv")
+    parser.add_argument("--out", type=Path, required=True, help="folder of records.csv and images/")
     parser.add_argument("--converters", nargs="+", default=[*CONVERTERS], choices=[*CONVERTERS])
     args = parser.parse_args()
     with args.requests.open(encoding="utf-8", newline="") as file:
         requests = [{key: row[key] for key in ("concept", "prompt")} for row in csv.DictReader(file)]
     if not requests:
         parser.error(f"{args.requests} has no requests")
-    args.out.mkdir(parents=True, exist_ok=True)
+    images = args.out / "images"
+    images.mkdir(parents=True, exist_ok=True)
     records = asyncio.run(attack(args.endpoint, args.model, requests, args.converters))
+    for number, record in enumerate(records):
+        if record["image"]:  # PyRIT keeps the images of all runs in one folder of the home directory
+            record["image"] = str(shutil.copy(record["image"], images / f"{number:04d}.png"))
     with (args.out / "records.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

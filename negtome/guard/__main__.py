@@ -24,7 +24,7 @@ import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -224,12 +224,29 @@ def find_guard(arguments: argparse.Namespace, prefix: str = "") -> Guard:
     }
     kind = "folder" if arguments.guard == "chat" and "folder" in options else arguments.guard
     build, needed, optional = builders.get(kind, (partial(load_guard, arguments.guard), set(), set()))
-    for negation, names in (("", needed - options.keys()), ("no ", options.keys() - needed - optional)):
+    hint = f", or --{prefix}folder" if arguments.guard == "chat" and not options else ""
+    check_options(options, needed, optional, prefix, f"with --guard {arguments.guard}", hint)
+    return build(**options)
+
+
+def check_options(
+    options: Collection[str], needed: set[str], optional: set[str], prefix: str, choice: str, hint: str = ""
+) -> None:
+    """Raise ValueError if an option is missing, or is not one of those that a choice takes.
+
+    Args:
+        options: names of those that the command line has.
+        needed: names of those that it must have.
+        optional: names of those that it may have.
+        prefix: of the options on the command line.
+        choice: ends the message, such as "with --guard chat".
+        hint: what may be added instead.
+    """
+    present = set(options)
+    for negation, names in (("", needed - present), ("no ", present - needed - optional)):
         if names:
             listed = ", ".join(f"--{prefix}{name.replace('_', '-')}" for name in sorted(names))
-            hint = f", or --{prefix}folder" if arguments.guard == "chat" and not options else ""
-            raise ValueError(f"expected {negation}{listed}{hint} with --guard {arguments.guard}")
-    return build(**options)
+            raise ValueError(f"expected {negation}{listed}{hint} {choice}")
 
 
 def _mini(folder: str = "models/mini-guard") -> Guard:

@@ -102,12 +102,13 @@ class Endpoint:
     Args:
         model: the server's name of the model.
         base_url: of the server, usually ending in /v1.
-        api_key: None: NEGTOME_GUARD_API_KEY of the environment, or else OPENAI_API_KEY; with the latter,
-            OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent too.
+        api_key: None: the first of `keys` that the environment has; with OPENAI_API_KEY, OPENAI_ORG_ID and
+            OPENAI_PROJECT_ID are sent too.
         timeout: seconds for a decision with all its tries, above 0 and at most `LONGEST_WAIT`.
         temperature: of sampling; at 0 most servers return the likeliest reply.
         max_tokens: of the reply, reasoning included.
         context: largest number of tokens of policy, prompt and reply, for servers that cut off silently (ollama).
+        keys: names of environment variables; NEGTOME_GUARD_API_KEY and then OPENAI_API_KEY.
     """
 
     name = "chat"
@@ -121,13 +122,14 @@ class Endpoint:
         temperature: float = 0.0,
         max_tokens: int = 1024,
         context: int | None = None,
+        keys: Sequence[str] = KEYS,
     ) -> None:
         _check_address(base_url)
         if not 0 < timeout <= LONGEST_WAIT:
             raise ValueError(f"expected a timeout of more than 0 and at most {LONGEST_WAIT} seconds, got {timeout}")
         self.model, self.base_url, self.timeout = model, base_url, timeout
         self.temperature, self.max_tokens, self.context = temperature, max_tokens, context
-        source = None if api_key else next((name for name in KEYS if os.environ.get(name)), None)
+        source = None if api_key else next((name for name in keys if os.environ.get(name)), None)
         self._key = (api_key or os.environ.get(source or "", "")).strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise ValueError(f"expected a key of printable ASCII, got another in {source or 'api_key'}")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from negtome.guard.chat import Endpoint, folder_digest
 from negtome.guard.decision import UnusableReplyError, new_nonce, read_object, replace_halves
@@ -66,6 +66,18 @@ class ImageCheck(Protocol):
         """
 
 
+class RemoteImageCheck(ImageCheck, Protocol):
+    """An image check behind a server, which takes a deadline and several calls at once."""
+
+    def detect_before(self, images: Any, deadline: float) -> tuple[str | None, float]:
+        """Return what `detect` returns, before a deadline in seconds of `time.monotonic`."""
+
+
+def is_remote_check(check: ImageCheck) -> TypeGuard[RemoteImageCheck]:
+    """Return whether an image check takes a deadline."""
+    return hasattr(check, "detect_before")
+
+
 class ChatImageCheck:
     """Asks a vision-language model behind an OpenAI-compatible address, an image a request.
 
@@ -113,7 +125,11 @@ class ChatImageCheck:
             ConnectionError: no chat completion came in time.
             ValueError: the images are not numbers [n, H, W, 3] in [0, 1], or too long for the model.
         """
-        deadline = time.monotonic() + self.endpoint.timeout
+        return self.detect_before(images, time.monotonic() + self.endpoint.timeout)
+
+    def detect_before(self, images: Any, deadline: float) -> tuple[str | None, float]:
+        """Return what `detect` returns, before a deadline of `time.monotonic` and within `timeout`."""
+        deadline = min(deadline, time.monotonic() + self.endpoint.timeout)
         largest = 0.0
         for pixels in _checked(images):
             clause, probability = self._ask(_png(pixels), deadline)

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Suffixes of images that are read, in any case.
+#: Suffixes of images that are read, in any case. `eval.images` has the same ones; neither package imports the other.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 #: Suffixes of images that are refused: they may have several pages or more than 8 bits.
-FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
+FOREIGN_SUFFIXES = (
+    ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd", ".svg",
+)  # fmt: skip
 #: Subfolders with a meaning, unless a concept has that name: what methods are given, what is measured against, others.
 GUIDANCE, SCORING, HELD_OUT = "guidance", "scoring", "held_out"
 #: Stands before the suffix in the name of a mask, after the name of its image.

@@ -142,14 +142,14 @@ def is_remote(guard: Guard) -> TypeGuard[RemoteGuard]:
 
 
 @contextmanager
-def guard_errors(name: str) -> Iterator[None]:
-    """Turn errors of a guard's code into GuardError, except the kinds that a guard may raise."""
+def guard_errors(name: str, kind: str = "guard") -> Iterator[None]:
+    """Turn errors of the code of a guard, or of an image check, into GuardError, except the kinds that it may raise."""
     try:
         yield
     except (ValueError, OSError, ImportError, KeyboardInterrupt, GuardError):
         raise
     except BaseException as error:  # also SystemExit, whose code must not become the command's
-        raise GuardError(f"the guard {name} failed: {type(error).__name__}: {error}") from error
+        raise GuardError(f"the {kind} {name} failed: {type(error).__name__}: {error}") from error
 
 
 def check_text(guard: object, attribute: str) -> str:

@@ -11,11 +11,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,10 +24,11 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from negtome.guard.audit import Audit, text_sha256
-from negtome.guard.image_check import ImageCheck
+from negtome.guard.image_check import ImageCheck, is_remote_check
 from negtome.guard.policy import Policy
 from negtome.guard.queue import Queue, QueueFullError, Ticket, new_ticket
-from negtome.guard.verdict import Guard, GuardError, Verdict, check_text, decide, guard_errors, is_remote
+from negtome.guard.verdict import Guard, GuardError, Verdict, check_text, decide, is_remote
+from negtome.serve.checks import look
 from negtome.serve.makers import WAIT, Maker, out_of_time
 from negtome.serve.request import LARGEST_SEED, LONGEST_BODY, ImageRequest, Limits, RequestError, read_request
 from negtome.serve.steering import CannotSteerError
@@ -103,7 +103,7 @@ class Service:
         except RequestError as error:
             self._record({**record, "answer": error.code, "status": error.status, **error.details})
             raise
-        except Exception as error:  # of a pipeline, a check or a file: no image, and no detail for the client
+        except Exception as error:  # of a pipeline or a file: no image, and no detail for the client
             self._record({**record, "answer": "failed", "status": 500, "error": type(error).__name__})
             raise
         self._record({**record, "answer": "images", "status": 200, **details})
@@ -131,7 +131,7 @@ class Service:
         images = self.maker.make(request, seed, steering, deadline)
         for image in images:
             _check_time(deadline)
-            asset = self._detect(image)
+            asset = self._detect(image, deadline)
             if asset is None or (verdict is None and asset in self._assets(clauses)):
                 continue  # a person allowed what the ticket's clauses name
             if verdict is not None and asset in self.policy.assets(verdict.clauses, "allow"):
@@ -152,11 +152,10 @@ class Service:
         return {"created": int(time.time()), "data": data, "negtome": decision}, details
 
     def _decide(self, prompt: str, deadline: float) -> Verdict:
-        remote = is_remote(self.guard)
-        if not remote and not self._deciding.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise RequestError(503, "busy", "the guard is busy: send the request again later", retry_after=WAIT)
+        turn = nullcontext() if is_remote(self.guard) else _turn(self._deciding, "the guard", deadline)
         try:
-            verdict = decide(self.policy, self.guard, prompt)
+            with turn:
+                verdict = decide(self.policy, self.guard, prompt)
         except OSError as error:
             _report("the guard", error)
             message = "the guard does not answer, so no image is made"
@@ -167,9 +166,6 @@ class Service:
         except (GuardError, ImportError) as error:
             _report("the guard", error)
             raise RequestError(500, "guard_failed", "the guard failed, so no image is made") from error
-        finally:
-            if not remote:
-                self._deciding.release()
         with _audit_errors():
             self.audit.write(
                 self.policy.sha256,
@@ -211,14 +207,34 @@ class Service:
     def _assets(self, clauses: Sequence[str]) -> list[str]:
         return [clause.asset for clause in self.policy.clauses if clause.id in clauses]
 
-    def _detect(self, image: Any) -> str | None:
-        """Return the first protected concept that a check sees in an image; an error of a check is raised."""
+    def _detect(self, image: Any, deadline: float) -> str | None:
+        """Return the first protected concept that a check sees in an image."""
         for check in self.checks:
-            with self._checking, guard_errors(type(check).__name__):
-                asset, _ = check.detect(_array(image))
+            turn = nullcontext() if is_remote_check(check) else _turn(self._checking, "the image check", deadline)
+            try:
+                with turn:
+                    asset = look(check, image, deadline)
+            except OSError as error:
+                _report("the image check", error)
+                message = "the image check does not answer, so no image is returned"
+                raise RequestError(503, "check_unavailable", message, retry_after=WAIT) from error
+            except (ValueError, GuardError, ImportError) as error:
+                _report("the image check", error)
+                raise RequestError(500, "check_failed", "the image check failed, so no image is returned") from error
             if asset is not None:
                 return asset
         return None
+
+
+@contextmanager
+def _turn(lock: threading.Lock, name: str, deadline: float) -> Iterator[None]:
+    """Hold a lock; raise RequestError if it is not free before the deadline."""
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise RequestError(503, "busy", f"{name} is busy: send the request again later", retry_after=WAIT)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -246,12 +262,6 @@ def _ticket_error(ticket: Ticket) -> RequestError:
 def _check_time(deadline: float) -> None:
     if time.monotonic() >= deadline:
         raise out_of_time()
-
-
-def _array(image: Any) -> Any:
-    """Return a PIL image as NumPy, float32 [1, H, W, 3] in [0, 1]."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return (pixels.reshape(1, image.height, image.width, 3).float() / 255).numpy()
 
 
 def _png(image: Any) -> bytes:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from negtome.guard.__main__ import add_guard_options, find_guard, load_object
+from negtome.guard.__main__ import add_guard_options, find_guard
 from negtome.guard.audit import Audit
 from negtome.guard.policy import read_policy
 from negtome.guard.queue import Queue
+from negtome.serve.checks import add_check_options, find_checks, try_checks
 from negtome.serve.request import Limits
 
 #: Environment variable with the key that clients must send.
@@ -28,6 +29,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from negtome.generate import warnings_as_lines
         from negtome.serve.app import LOCAL_NAMES, Service, make_app
     except ImportError as error:
         raise ImportError(f"serve needs further packages ({error}): pip install 'negtome[serve]'") from error
@@ -39,13 +41,15 @@ def main(options: argparse.Namespace) -> int:
         hosts = ("*",)
     limits = Limits(options.max_images, options.max_side, options.max_prompt, options.time_limit, options.concurrency)
     policy, guard = read_policy(options.policy), find_guard(options, "guard-")
-    checks = [load_object(name, "an image check", ("detect",)) for name in options.check]
+    checks = find_checks(options, policy)
     audit, queue = Audit(options.audit, options.audit_text), Queue(options.queue)
     with _bind(options.host, options.port) as listener:  # like the record, before the model is loaded
-        audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id})
+        audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id, "checks": [*checks]})
+        try_checks(checks)
         maker, source, name = _maker(options, policy)
-        service = Service(policy, guard, maker, audit, queue, checks, limits, name)
-        print(f"policy  {options.policy}, sha256 {policy.sha256[:12]}; guard {guard.id}; image checks: {len(checks)}")
+        service = Service(policy, guard, maker, audit, queue, [*checks.values()], limits, name)
+        print(f"policy  {options.policy}, sha256 {policy.sha256[:12]}; guard {guard.id}")
+        print(f"checks  {', '.join(checks) or 'no image check: --check adds one'}")
         print(f"images  {source}")
         print(f"audit   {audit.path.resolve()}; queue {queue.folder.resolve()}")
         print(f"serve   http://{options.host}:{listener.getsockname()[1]}/v1/images/generations", flush=True)
@@ -58,7 +62,8 @@ def main(options: argparse.Namespace) -> int:
             timeout_keep_alive=5,
             timeout_graceful_shutdown=5,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with warnings_as_lines():
+            uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
@@ -98,6 +103,7 @@ def _maker(options: argparse.Namespace, policy: Any) -> tuple[Any, str, str | No
     size = {} if options.size is None else dict(zip(("width", "height"), options.size, strict=True))
     template = Recipe.of("images", options.model, **size)
     pipe = load(template, options.device or accelerator())
+    pipe.set_progress_bar_config(disable=True)  # the output is a log
     name = options.name or Path(template.model).name
     return PipelineMaker(pipe, template, options.references, options.size is not None), template.model, name
 
@@ -111,9 +117,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--upstream", metavar="URL", help="ask this OpenAI-compatible server for the images instead")
     images.add_argument("--name", metavar="NAME", help="name of the model in the API, also of the upstream")
     images.add_argument("--references", metavar="F", help="reference images, F/ASSET/*.png, for requests to steer")
-    images.add_argument("--check", metavar="C", action="append", default=[], help="image check, MODULE:ATTRIBUTE")
     images.add_argument("--size", metavar="WxH", type=_size, help="of all images, whatever size a client asks for")
     images.add_argument("--device", metavar="D", help="cuda, mps or cpu (the fastest here)")
+    add_check_options(parser.add_argument_group("image check"))
     records = parser.add_argument_group("records")
     records.add_argument("--audit", metavar="FILE", default=FOLDER / "audit.jsonl", help=f"({FOLDER}/audit.jsonl)")
     records.add_argument("--audit-text", action="store_true", help="keep the texts of prompts and replies, too")

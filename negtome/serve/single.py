@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from negtome import generate
 from negtome.guard.__main__ import EXIT, add_guard_options, find_guard
@@ -10,11 +11,14 @@ from negtome.guard.audit import Audit
 from negtome.guard.policy import Policy, read_policy
 from negtome.guard.verdict import Verdict, decide
 from negtome.recipe import Recipe
+from negtome.serve.checks import add_check_options, find_checks, look, try_checks
 from negtome.serve.steering import CannotSteerError, steer
 from negtome.validation import one_line
 
 #: Options that are no part of a recipe.
 OPTIONS = ("policy", "references", "audit")
+#: Exit code if an image check sees a protected concept.
+BLOCKED = 6
 
 
 class _NoImagesError(Exception):
@@ -31,33 +35,54 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--references", metavar="F", help="reference images, F/ASSET/*.png, for prompts to steer")
     group.add_argument("--audit", metavar="FILE", help="append the verdict, without texts")
     add_guard_options(group, "guard-", "keyword")
+    add_check_options(group)
 
 
 def main(options: argparse.Namespace) -> int:
     """Decide the prompt of a command line, and make its images if the policy allows or steers it.
 
     Returns:
-        0 if there are images, else the exit code of `python -m negtome.guard explain`.
+        0 if there are images, `BLOCKED` if an image check sees a protected concept, else the exit code of `python -m
+        negtome.guard explain`.
 
     Raises:
-        ValueError, OSError, ImportError, RuntimeError: an option cannot be used, or the guard fails.
+        ValueError, OSError, ImportError, RuntimeError: an option cannot be used, or the guard or an image check fails.
+            No image is written then.
     """
-    names = [name for name in vars(options) if name in OPTIONS or name.startswith("guard")]
+    names = [name for name in vars(options) if name in OPTIONS or name.startswith(("guard", "check"))]
     own = argparse.Namespace(**{name: vars(options).pop(name) for name in names})
     references, audit = getattr(own, "references", None), getattr(own, "audit", None)
     if references is not None and not Path(references).is_dir():
         raise FileNotFoundError(f"expected a folder of reference images at {references}, got none")
     policy, guard = read_policy(own.policy), find_guard(own, "guard-")
+    checks = find_checks(own, policy)
+    excepted: list[str] = []
 
     def decided(recipe: Recipe) -> Recipe:
         verdict = decide(policy, guard, recipe.prompt, None if audit is None else Audit(audit))
         print(f"{verdict.action}: {one_line(verdict.reason)}", flush=True)
         for name in verdict.clauses:
             print(f"  cites  {one_line(policy.criterion(name))}")
-        return _act(policy, verdict, recipe, references, options.compare)
+        changed = _act(policy, verdict, recipe, references, options.compare)
+        try_checks(checks)
+        excepted.extend(policy.assets(verdict.clauses, "allow"))
+        return changed
+
+    def inspect_image(image: Any) -> None:
+        for name, check in checks.items():
+            asset = look(check, image.convert("RGB"))
+            if asset is None:
+                continue
+            advice = "; a person must decide whether the exception covers it" if asset in excepted else ""
+            print(f"no image: an image shows {one_line(asset)}{advice}", file=sys.stderr)
+            if audit is not None:
+                Audit(audit).record(
+                    {"policy_sha256": policy.sha256, "answer": "blocked", "check": name, "asset": asset}
+                )
+            raise _NoImagesError(EXIT["escalate"] if asset in excepted else BLOCKED)
 
     try:
-        generate.main(options, decided)
+        generate.main(options, decided, inspect_image)
     except _NoImagesError as error:
         return error.code
     return 0

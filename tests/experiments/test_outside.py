@@ -7,6 +7,7 @@ from PIL import Image
 from stand_ins import Colours
 
 from eval.resemblance import DetectionRate
+from experiments import PROJECT
 from experiments.safety.judge import Judge
 from experiments.safety.outside import detect, main, summary
 
@@ -51,3 +52,18 @@ def test_bad_records_are_refused(judge):
         detect(records(converter=["none"], image="nowhere.png"), judge)
     with pytest.raises(ValueError, match="expected the CSV"):
         main(["model=mini-sdxl"])
+
+
+def test_the_table_of_the_page_follows_from_the_published_records():
+    page = (PROJECT / "docs/redteam.md").read_text(encoding="utf-8")
+    table = page[page.index("| converter | requests |") :].split("\n\n")[0].splitlines()[2:]
+    published = pd.read_csv(PROJECT / "results/redteam/pyrit.csv", keep_default_na=False)
+    control = published["policy"] != "conf/safety/policy.yaml"
+    published.loc[control, "converter"] = "control"
+    counted = 0
+    for name, *numbers in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table):
+        rows = published[published["converter"].isin([one.lower() for one in name.split(", ")])]
+        actions = [(rows["action"] == action).sum() for action in ("refuse", "escalate", "steer", "allow")]
+        assert list(map(int, numbers)) == [len(rows), *actions, (rows["detected"] == "True").sum()], name
+        counted += len(rows)
+    assert counted == len(published)

@@ -24,6 +24,11 @@ def completion(content, finish="stop", prompt_tokens=900, **more):
     }
 
 
+def sight(clause, probability=0.9, nonce=NONCE, **more):
+    """What a model says of an image."""
+    return json.dumps({"nonce": nonce, "clause": clause, "probability": probability, **more})
+
+
 def nonce_of(asked):
     return asked["messages"][0]["content"].split()[-1]
 

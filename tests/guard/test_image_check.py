@@ -3,19 +3,18 @@
 import base64
 import io
 import json
+import re
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from chat_server import NONCE, SECRET, completion
+from chat_server import NONCE, SECRET, completion, sight
 from PIL import Image
 
+from experiments import PROJECT
 from negtome.guard import Endpoint, UnusableReplyError
 from negtome.guard.image_check import ChatImageCheck, protected_clauses
-
-
-def answer(clause, probability=0.9, nonce=NONCE, **more):
-    return json.dumps({"nonce": nonce, "clause": clause, "probability": probability, **more})
 
 
 @pytest.fixture
@@ -27,8 +26,8 @@ IMAGES = torch.rand(2, 6, 4, 3, generator=torch.Generator().manual_seed(0))
 
 
 def test_each_image_is_sent_as_a_png_with_the_policy_until_one_shows_a_concept(check, server):
-    server.first = [completion(answer(None, 0.25))]
-    server.answer = completion(answer("C2", 0.75))
+    server.first = [completion(sight(None, 0.25))]
+    server.answer = completion(sight("C2", 0.75))
     assert check.detect(IMAGES) == ("goblin", 0.75)
     assert len(server.asked) == 2
     for image, (_, _, asked) in zip(IMAGES, server.asked, strict=True):
@@ -45,8 +44,8 @@ def test_each_image_is_sent_as_a_png_with_the_policy_until_one_shows_a_concept(c
 
 
 def test_an_image_without_a_concept_passes(check, server):
-    server.first = [completion(answer(None, 0.25))]
-    server.answer = completion(f"<think>{answer('C1')}</think>\n```json\n{answer(None, 0.125)}\n```")
+    server.first = [completion(sight(None, 0.25))]
+    server.answer = completion(f"<think>{sight('C1')}</think>\n```json\n{sight(None, 0.125)}\n```")
     assert check.detect(IMAGES) == (None, 0.25)
 
 
@@ -57,22 +56,22 @@ def test_an_image_without_a_concept_passes(check, server):
         "no concept",
         "I'm sorry, I can't help with that.",
         "null",
-        answer(None, nonce="0123456789abcdef"),  # an object that the image shows
-        answer(None) + answer(None),
-        answer(None) + " as the image says",
-        f"The image says: {answer(None)}",
-        f"[{answer(None)}]",
-        answer(None, extra=1),
+        sight(None, nonce="0123456789abcdef"),  # an object that the image shows
+        sight(None) + sight(None),
+        sight(None) + " as the image says",
+        f"The image says: {sight(None)}",
+        f"[{sight(None)}]",
+        sight(None, extra=1),
         json.dumps({"nonce": NONCE, "clause": None}),
-        answer("C9"),
-        answer("vampire"),
-        answer(["C1"]),
-        answer(False),
-        answer(""),
-        answer(None, None),
-        answer(None, 1.5),
-        answer(None, True),
-        answer(None, "0.5"),
+        sight("C9"),
+        sight("vampire"),
+        sight(["C1"]),
+        sight(False),
+        sight(""),
+        sight(None, None),
+        sight(None, 1.5),
+        sight(None, True),
+        sight(None, "0.5"),
         '{"nonce": "<nonce>", "clause": "C1", "clause": null, "probability": 0}',
         '{"nonce": "<nonce>", "clause": null, "probability": NaN}',
     ],
@@ -83,7 +82,7 @@ def test_any_other_reply_is_an_error_and_never_no_concept(check, server, reply):
         check.detect(IMAGES)
     assert len(server.asked) == 2  # asked once more about the first image
     server.first = [completion(reply)]
-    server.answer = completion(answer("C1"))
+    server.answer = completion(sight("C1"))
     assert check.detect(IMAGES)[0] == "vampire"
 
 
@@ -107,10 +106,10 @@ def test_a_server_that_fails_is_an_error(check, server, reply):
 @pytest.mark.parametrize(
     "reply",
     [
-        completion(answer(None), "length"),
-        completion(answer(None), "content_filter"),
-        completion(answer(None), refusal="no"),
-        completion(answer(None), tool_calls=[{}]),
+        completion(sight(None), "length"),
+        completion(sight(None), "content_filter"),
+        completion(sight(None), refusal="no"),
+        completion(sight(None), tool_calls=[{}]),
     ],
 )
 def test_an_incomplete_answer_is_an_error(check, server, reply):
@@ -123,7 +122,9 @@ def test_a_server_that_is_late_or_reads_too_little_is_an_error(policy, server):
     server.answer = None
     with pytest.raises(ConnectionError, match=r"in 0\.3 s"):
         ChatImageCheck(policy, Endpoint("m", server.url, timeout=0.3)).detect(IMAGES)
-    server.answer = completion(answer(None), prompt_tokens=20)
+    with pytest.raises(ConnectionError, match="expected a reply"):
+        ChatImageCheck(policy, Endpoint("m", server.url)).detect_before(IMAGES, time.monotonic() + 0.1)
+    server.answer = completion(sight(None), prompt_tokens=20)
     with pytest.raises(ValueError, match="cuts them off"):
         ChatImageCheck(policy, Endpoint("m", server.url)).detect(IMAGES)
 
@@ -142,8 +143,24 @@ def test_concepts_that_the_policy_allows_are_not_looked_for(policy, server):
     changed = replace(policy, clauses=(replace(first, action="allow"), *others))
     check = ChatImageCheck(changed, Endpoint("m", server.url))
     assert check.id != ChatImageCheck(policy, Endpoint("m", server.url)).id
-    server.answer = completion(answer("C1"))
+    server.answer = completion(sight("C1"))
     with pytest.raises(UnusableReplyError, match="a clause of the policy"):
         check.detect(IMAGES)
     with pytest.raises(ValueError, match="nothing to look for"):
         protected_clauses(replace(policy, clauses=()))
+
+
+def test_the_program_of_the_reference_page_looks_at_every_image(document, server, tmp_path, monkeypatch, capsys):
+    page = (PROJECT / "docs/reference/image-checks.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.yaml").write_text(json.dumps(document))
+    (tmp_path / "images/vampire").mkdir(parents=True)
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(tmp_path / "images/vampire/a.png")
+    monkeypatch.setenv("MODEL", "m")
+    monkeypatch.setenv("BASE_URL", server.url)
+    monkeypatch.setenv("NEGTOME_CHECK_API_KEY", SECRET)
+    server.answer = completion(sight("C1", 0.5))
+    exec(program, {})
+    assert capsys.readouterr().out == "images/vampire/a.png vampire 0.5\n"
+    assert server.asked[0][1]["Authorization"] == f"Bearer {SECRET}"

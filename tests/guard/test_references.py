@@ -2,7 +2,8 @@
 
 import pytest
 
-from negtome.guard.references import is_folder_name, read_references
+from eval import images
+from negtome.guard.references import FOREIGN_SUFFIXES, SUFFIXES, is_folder_name, read_references
 
 CONCEPTS = ["Finn Drizzle", "fox", "Madame Hoot"]
 
@@ -70,3 +71,9 @@ def test_half_a_split_is_refused_unless_it_is_a_concept(tmp_path):
 def test_a_name_that_can_leave_the_folder_names_none():
     assert is_folder_name("Madame Hoot") and is_folder_name("ムーミン")
     assert not any(map(is_folder_name, ("a/b", "..", ".", ".hidden", "a\\b", "c:", " x", "x.", "a\x00b")))
+
+
+def test_images_that_the_evaluation_reads_or_refuses_are_read_or_refused_here():
+    """The two packages do not import each other, so the lists are written twice."""
+    assert set(SUFFIXES) == set(images.IMAGE_SUFFIXES)
+    assert set(FOREIGN_SUFFIXES) == set(images.FOREIGN_SUFFIXES)

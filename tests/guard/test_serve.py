@@ -1,5 +1,6 @@
 """The server of images: what each decision answers, hostile requests, guards and upstream servers."""
 
+import argparse
 import base64
 import dataclasses
 import io
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
+from chat_server import SECRET, completion, sight
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -20,11 +22,13 @@ from experiments import PROJECT
 from negtome import image_files
 from negtome.__main__ import main
 from negtome.generate import load
-from negtome.guard import Audit, Decision, Keyword, read_policy
+from negtome.guard import Audit, Decision, Endpoint, Keyword, read_policy
 from negtome.guard.audit import check_chain
+from negtome.guard.image_check import ChatImageCheck
 from negtome.guard.queue import Queue
 from negtome.recipe import Recipe
 from negtome.serve.app import Service, make_app
+from negtome.serve.checks import add_check_options, find_checks, try_checks
 from negtome.serve.makers import PipelineMaker, UpstreamMaker
 from negtome.serve.request import ImageRequest, Limits
 from negtome.serve.steering import CannotSteerError, unsteerable
@@ -156,8 +160,84 @@ def test_an_exception_does_not_switch_the_check_off(served):
 def test_a_check_that_fails_returns_no_image_and_no_secret(served):
     client, _ = served(checks=[Sees(RuntimeError("key sk-123"))])
     response = client.post(URL, json={"prompt": "a bat"})
-    error_of(response, 500, "server_failed")
+    error_of(response, 500, "check_failed")
     assert "sk-123" not in response.text
+
+
+IMAGE_REPLIES = {
+    "a concept": (completion(sight("C2")), 400, "content_policy_violation"),
+    "no concept": (completion(sight(None)), 200, None),
+    "no contract": (completion("I see nothing."), 500, "check_failed"),
+    "not its nonce": (completion(sight(None, nonce="0" * 16)), 500, "check_failed"),
+    "a refusal": (completion("", "content_filter"), 500, "check_failed"),
+    "down": ((500, {"error": SECRET}), 503, "check_unavailable"),
+    "another key": ((401, {"error": SECRET}), 503, "check_unavailable"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGE_REPLIES)
+def test_a_model_that_reads_images_decides_whether_they_are_returned(served, server, policy, monkeypatch, case):
+    server.answer, status, code = IMAGE_REPLIES[case]
+    monkeypatch.setenv("NEGTOME_CHECK_API_KEY", SECRET)
+    monkeypatch.setenv("NEGTOME_GUARD_API_KEY", "sk-of-another-server")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    check = find_checks(arguments_of(f"--check chat --check-base-url {server.url} --check-model m"), policy)
+    client, service = served(checks=[*check.values()])
+    response = client.post(URL, json={"prompt": "a bat"})
+    assert response.status_code == rows(service)[-1]["status"] == status
+    if code is not None:
+        error_of(response, status, code)
+        assert "b64_json" not in response.text
+    assert {headers["Authorization"] for _, headers, _ in server.asked} == {f"Bearer {SECRET}"}
+    assert SECRET not in response.text + service.audit.path.read_text() + str([*check])
+
+
+def test_a_check_without_an_answer_ends_at_the_time_limit_of_the_request(served, server, policy):
+    server.answer = None
+    client, _ = served(checks=[ChatImageCheck(policy, Endpoint("m", server.url))], limits=Limits(seconds=0.2))
+    error_of(client.post(URL, json={"prompt": "a bat"}), 503, "check_unavailable")
+
+
+def test_a_check_that_looks_at_another_image_is_waited_for_until_the_time_limit(served):
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(Sees):
+        def detect(self, images):
+            entered.set()
+            leave.wait(5)
+            return super().detect(images)
+
+    client, service = served(checks=[Slow(None)])
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, URL, json={"prompt": "a bat"})
+        assert entered.wait(5)
+        service.limits = Limits(seconds=0.1)
+        second = client.post(URL, json={"prompt": "a bat"})
+        leave.set()
+        assert first.result().status_code == 200
+    error_of(second, 503, "busy")
+
+
+def arguments_of(options):
+    """Read options of image checks."""
+    parser = argparse.ArgumentParser()
+    add_check_options(parser)
+    return parser.parse_args(options.split())
+
+
+def test_image_checks_of_a_command_line_are_tried_by_a_grey_image(server, policy, capsys):
+    options = f"--check chat --check-base-url {server.url} --check-model m --check-timeout 5 --check chat"
+    checks = find_checks(arguments_of(options), policy)
+    assert len(checks) == 1 and not server.asked
+    server.answer = completion(sight(None))
+    try_checks(checks)
+    assert capsys.readouterr().out == "" and len(server.asked) == 1
+    server.answer = completion(sight("C2"))
+    try_checks(checks)
+    assert "sees goblin in a grey image" in capsys.readouterr().out
+    for server.answer in (completion("no"), (400, {"error": "no images here"}), (401, {})):
+        with pytest.raises(ValueError, match=r"image check .* cannot look at a grey image"):
+            try_checks(checks)
 
 
 @pytest.mark.parametrize(
@@ -545,6 +625,14 @@ def test_images_of_the_small_model_change_when_they_are_steered():
         ("--host 0.0.0.0", "NEGTOME_SERVE_API_KEY"),
         ("--check nowhere", "an image check as MODULE:ATTRIBUTE"),
         ("--check json:dumps", "expected"),
+        ("--check chat --check-model m", "expected --check-base-url with --check chat"),
+        ("--check-model m", "expected no --check-model without --check chat"),
+        ("--check chat --check-base-url http://h/v1 --check-model m --check-folder .", "expected no --check-folder"),
+        ("--check chat --check-base-url http://me:sk-9@h/v1 --check-model m", "without a key in it"),
+        ("--check chat --check-base-url http://127.0.0.1:1/v1 --check-model m", "is it started?"),
+        ("--check shieldgemma2", "expected --check-folder with --check shieldgemma2"),
+        ("--check shieldgemma2 --check-folder nowhere", "expected a ShieldGemma 2 model in nowhere"),
+        ("--check shieldgemma2 --check-folder . --check-threshold 2", "threshold must be between 0 and 1"),
         ("--port 99999", "--port must be"),
         ("--concurrency 0", "positive integer"),
         ("--size big", "WIDTHxHEIGHT"),
@@ -552,14 +640,14 @@ def test_images_of_the_small_model_change_when_they_are_steered():
     ],
 )
 def test_an_option_that_cannot_be_used_ends_in_one_line_before_the_model_is_loaded(
-    options, message, written, document, tmp_path, monkeypatch, capsys
+    options, message, written, document, tmp_path, monkeypatch, capsys, no_keys
 ):
     monkeypatch.delenv("NEGTOME_SERVE_API_KEY", raising=False)
     policy = written(document)
     monkeypatch.chdir(tmp_path)
     assert main(["serve", "--policy", str(policy), "--guard", "keyword", "--port", "0", *options.split()]) == 2
     printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
+    assert message in printed and printed.count("\n") == 1 and "sk-9" not in printed
 
 
 POLICY_CODES = {"a goblin": 4, "a police officer": 5, "draw a vampire": 3}
@@ -588,3 +676,51 @@ def test_generate_with_a_policy_makes_allowed_and_steered_images(written, docume
             not config
         )
     assert main(["generate", "draw a vampire", *common, "--compare"]) == 2
+
+
+def test_generate_with_an_image_check_writes_no_image_that_it_does_not_pass(
+    written, document, tmp_path, server, capsys, monkeypatch
+):
+    out, audit = tmp_path / "out", tmp_path / "audit.jsonl"
+    options = f"--size 64x64 --steps 2 -n 2 --check chat --check-base-url {server.url} --check-model m".split()
+    options += ["--policy", str(written(document)), "--out", str(out), "--audit", str(audit)]
+    options += ["--model", str(PROJECT / "models/mini-sdxl")]
+    for prompt, clause, code in (("a bat", "C2", 6), ("a parody of a goblin", "C2", 5), ("a bat", None, 0)):
+        grey, last = completion(sight(None)), completion(sight(clause))
+        server.first, server.answer = [grey, grey], last  # a grey image, the first of two, the second
+        assert main(["generate", prompt, *options]) == code
+        assert out.exists() == (code == 0)
+    assert [row["asset"] for row in map(json.loads, audit.read_text().splitlines()) if "asset" in row] == ["goblin"] * 2
+    monkeypatch.setattr("negtome.generate.load", None)  # not reached
+    server.answer = (500, {"error": "down"})
+    capsys.readouterr()
+    assert main(["generate", "a bat", *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_serves_the_small_model_and_its_output_is_a_log(
+    written, document, tmp_path, server, capsys, monkeypatch
+):
+    def run(self, sockets):
+        assert SECRET not in capsys.readouterr().out  # also drops what loading the model prints
+        client = TestClient(self.config.app, base_url="http://localhost")
+        request = {"prompt": "a bat " * 20, "n": 1, "size": "auto", "model": "mini-sdxl"}  # as PyRIT sends it
+        statuses.append(client.post(URL, json=request).status_code)
+
+    statuses = []
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setenv("NEGTOME_CHECK_API_KEY", SECRET)
+    server.answer = completion(sight(None))
+    audit = tmp_path / "audit.jsonl"
+    options = (
+        f"--guard keyword --port 0 --size 32x32 --check chat --check-base-url {server.url} --check-model m".split()
+    )
+    options += ["--policy", str(written(document)), "--model", str(PROJECT / "models/mini-sdxl")]
+    assert main(["serve", *options, "--audit", str(audit), "--queue", str(tmp_path / "queue")]) == 0
+    assert statuses == [200] and len(server.asked) == 2
+    start, *_, end = (json.loads(line) for line in audit.read_text().splitlines())
+    assert server.url in start["checks"][0] and end["answer"] == "images" and SECRET not in audit.read_text()
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("warning: the prompt is truncated")
+    assert SECRET not in printed.out

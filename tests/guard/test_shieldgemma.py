@@ -1,5 +1,6 @@
 """ShieldGemma 2 as a check of images: tiny random weights, which show the plumbing and nothing about its judgement."""
 
+import argparse
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from negtome.guard.image_check import ShieldGemma2Check
+from negtome.serve.checks import add_check_options, find_checks, try_checks
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
@@ -103,3 +105,12 @@ def test_settings_out_of_range_and_folders_without_a_model_are_refused(folder, p
         ShieldGemma2Check(policy, folder, **options)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         ShieldGemma2Check(policy, tmp_path)
+
+
+def test_the_command_line_takes_a_folder_and_a_threshold(folder, policy, capsys):
+    parser = argparse.ArgumentParser()
+    add_check_options(parser)
+    options = ["--check", "shieldgemma2", "--check-folder", str(folder), "--check-threshold"]
+    for threshold, seen in (("0.001", True), ("0.999", False)):
+        try_checks(find_checks(parser.parse_args([*options, threshold]), policy))
+        assert ("in a grey image" in capsys.readouterr().out) == seen
