@@ -133,7 +133,11 @@ def row_of(score: Score) -> dict[str, Any]:
     """Return the row of a score in the table."""
     cfg, run, document = score.spec.cfg, score.run, score.document
     settings = run.identity["request"]["method"]["settings"]
-    compared = sum(group.get("tokens_compared", 0) for group in score.statistics)
+
+    def share(part: str, total: str) -> float | None:
+        amount = sum(group.get(total, 0) for group in score.statistics)
+        return sum(group.get(part, 0) for group in score.statistics) / amount if amount else None
+
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
@@ -144,9 +148,8 @@ def row_of(score: Score) -> dict[str, Any]:
         "primary": score.role,
         "higher_is_better": document["higher_is_better"],
         **statistics_of(cfg, score.metric, score.role, document, score.reference),
-        "pushed_share": sum(group.get("tokens_pushed", 0) for group in score.statistics) / compared
-        if compared
-        else None,
+        "pushed_share": share("tokens_pushed", "tokens_compared"),
+        columns.EQUAL_SHARE: share("equal_matches", "approximate_matches"),
         # Only where asked for: a rerun gives every other number again, to the last digit.
         "seconds": (
             median(group["seconds"] for group in score.statistics) / cfg.prompts.images_per_prompt

@@ -24,7 +24,7 @@ from negtome.sites import fewest_tokens, find_architecture, find_sites, largest_
 
 #: Operations that read the matched tokens; the push of a hook point begins with one.
 GATHERS = ("index_select", "gather")
-#: Channels that a random projection would leave to tokens for matching; an approximation that is not implemented.
+#: Channels that a random projection leaves to tokens for matching; see `experiments.methods.approximate_match`.
 PROJECTIONS = (128, 64)
 
 

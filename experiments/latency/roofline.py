@@ -40,7 +40,7 @@ DEVICES = (
 )
 #: Images in a call. A single one is pushed from a reference image, several from the first.
 IMAGES = (1, 4)
-#: How many hook points in a row would use the match of the first; an approximation that is not implemented.
+#: How many hook points in a row use the match of the first; see `experiments.methods.approximate_match`.
 REUSES = (2, 4)
 #: Parts of a push by its operations; the others are `OTHER`.
 PARTS = {"bmm": "product", "max": "arg max", **dict.fromkeys(GATHERS, "gather"), "lerp": "push", "cat": "join"}
@@ -67,7 +67,7 @@ def least_ms(operations: Iterable[Operation], device: Device) -> float:
 def variants(pushes: Sequence[Push]) -> dict[str, list[Operation]]:
     """Return the operations that the pushes add to a step: NegToMe's, by part and together, and those of alternatives.
 
-    Only hook points of the same shape would share a match.
+    Only hook points of the same shape share a match.
     """
 
     def add_up(operations: Iterable[Sequence[Operation]]) -> list[Operation]:
@@ -172,10 +172,11 @@ over the tokens that move. The naive transcription makes the passes of the relea
 
 {parts}
 
-## Approximations that are not implemented
+## Approximations
 
-Hook points in a row with feature maps of one size would share the match of the first of them. Or tokens would be
-matched in a random projection to fewer channels. What either does to images is not known.
+Hook points in a row with feature maps of one size share the match of the first of them. Or tokens are matched in a
+random projection to fewer channels. The library has neither; `experiment=ablate_approximation` measures what they do to
+images.
 
 {approximations}
 

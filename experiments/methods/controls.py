@@ -37,11 +37,7 @@ class Control(NegToMe):
 
     def __init__(self, name: str, seed: int = 0, **config: Any) -> None:
         super().__init__(name, **config)
-        if self.config.reference != "first" or self.config.matching != "paper":
-            raise ValueError(
-                f'method={name} controls for matching="paper" and reference="first", got '
-                f"{self.config.matching!r} and {self.config.reference!r}: leave them as they are"
-            )
+        self.check_paper_matching()
         self.seed = seed
 
     def settings(self) -> dict[str, Any]:

@@ -43,6 +43,18 @@ class NegToMe(Method):
             del settings["step_range"]
         return settings
 
+    def check_paper_matching(self) -> None:
+        """Refuse settings for which a replacement of the push is not defined.
+
+        Raises:
+            ValueError: the matching is not "paper", or the reference is not "first".
+        """
+        if (self.config.matching, self.config.reference) != ("paper", "first"):
+            raise ValueError(
+                f'method={self.name} needs matching="paper" and reference="first", got {self.config.matching!r} and '
+                f"{self.config.reference!r}: leave them as they are"
+            )
+
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with negtome.attach(pipe, self.config, group_size=group.size) as attached:

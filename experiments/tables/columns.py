@@ -38,13 +38,15 @@ STATISTICS = [
 ]  # fmt: skip
 #: Columns that a CSV has where groups of its runs are withheld: how many, and how many a difference is of.
 OF_WITHHELD = ["n_withheld", "n_paired"]
-AMOUNTS = ["n_units", "n_groups", "n_images", *OF_WITHHELD, "pushed_share", "seconds"]
+#: Column that a CSV has where matches are approximate: how many of these are equal to the exact ones.
+EQUAL_SHARE = "equal_share"
+AMOUNTS = ["n_units", "n_groups", "n_images", *OF_WITHHELD, "pushed_share", EQUAL_SHARE, "seconds"]
 COLUMNS = [
     *KEY, "encoder", "primary", "higher_is_better", *STATISTICS, "non_inferior", *AMOUNTS,
     "run_id", "code", "commit", "device",
 ]  # fmt: skip
 #: Those that a table has whatever is in it.
-REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"}) - set(OF_WITHHELD)
+REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"}) - {*OF_WITHHELD, EQUAL_SHARE}
 #: Columns that hold text also where they look like numbers.
 TEXT = dict.fromkeys(
     ("run_id", "code", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
@@ -221,6 +223,7 @@ def _finish(frame: pd.DataFrame) -> None:
     correct_p_values(frame)
     declared = {column for setting in settings_in(frame) for column in setting.columns}
     declared |= set(OF_WITHHELD) if frame["n_withheld"].any() or frame["n_paired"].notna().any() else set()
+    declared |= {EQUAL_SHARE} if frame[EQUAL_SHARE].notna().any() else set()
     for name in set(frame.columns) - REQUIRED - declared:
         del frame[name]
 

@@ -14,6 +14,7 @@ from experiments.runs import catalogue
 from experiments.tables.columns import (
     CALL,
     DIFFERENCE,
+    EQUAL_SHARE,
     OF_METHODS,
     ROLES,
     SETTING,
@@ -177,6 +178,8 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
             settings = {"settings": ", ".join(f"{name} {text}" for name, text in settings.items() if text)}
         entry = {"model": first["model"], "method": first["method"], **settings}
         entry["pushed"] = printed_percent(first["pushed_share"])
+        if has_approximate_matches(frame):
+            entry["equal matches"] = printed_percent(first[EQUAL_SHARE])
         tested = group[group["primary"].isin(ROLES)]
         for role in ROLES:
             for _, row in tested[tested["primary"] == role].iterrows():
@@ -200,6 +203,11 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
             entry["paired"] = "" if pd.isna(counted["n_paired"]) else int(counted["n_paired"])
         table.append(entry)
     return pd.DataFrame(table).fillna("")
+
+
+def has_approximate_matches(frame: pd.DataFrame) -> bool:
+    """Tell whether a table's runs matched tokens approximately."""
+    return EQUAL_SHARE in frame and bool(frame[EQUAL_SHARE].notna().any())
 
 
 def has_withheld(frame: pd.DataFrame) -> bool:
@@ -398,7 +406,12 @@ def _moved(rows: pd.DataFrame) -> str:
 
 def legend(frame: pd.DataFrame) -> str:
     """Say how the main table is read."""
-    return f"{LEGENDS.main} {LEGENDS.withheld}" if has_withheld(frame) else f"{LEGENDS.main}"
+    parts = [LEGENDS.main]
+    if has_approximate_matches(frame):
+        parts.append(LEGENDS.equal)
+    if has_withheld(frame):
+        parts.append(LEGENDS.withheld)
+    return " ".join(map(str, parts))
 
 
 def scored_by(frame: pd.DataFrame) -> str:

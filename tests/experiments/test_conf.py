@@ -163,7 +163,9 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "safety": 3, "stereotypes": 4}
     few_steps = ["few_steps", "few_steps_sweep", "few_steps_peers", "few_steps_peers_grid"]
     several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux", *few_steps], 3)
-    several |= {f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching")}
+    several |= {
+        f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching", "approximation")
+    }
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
     margins = cfg.primary.quality_margin

@@ -21,6 +21,7 @@ from stand_ins import save_ip_adapter
 from eval.clip import HFClip
 from experiments import PROJECT
 from experiments.methods.apg import APG
+from experiments.methods.approximate_match import ApproximateMatch
 from experiments.methods.assets import NamedAssets, Retriever
 from experiments.methods.cads import CADS
 from experiments.methods.combined import Combined
@@ -92,6 +93,8 @@ METHODS = {
     "negtome_released": lambda: NegToMe("m", **STRENGTH, matching="released", cross_attention=True),
     # weaker than the rest: at 0.9 the CPU decides near ties, and so the images
     "negtome_others": lambda: NegToMe("m", **STRENGTH | {"alpha": 0.3}, reference="others"),
+    # coarser than what is configured: its pictures must differ from those of the exact match
+    "negtome_reuse_2": lambda: ApproximateMatch("m", reuse_sites=4, projection_dim=4, **STRENGTH),
     "negtome_reference": lambda: NegToMeFromAssets("m", retriever(), **STRENGTH),
     "negtome_reference_released": lambda: NegToMeFromAssets(
         "m", retriever(), noise=False, posterior="sample", images=1, **STRENGTH, matching="released"

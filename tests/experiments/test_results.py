@@ -25,7 +25,7 @@ COMPOSED = {"diversity", "copyright", "sweep", "stereotypes"}
 
 
 #: Experiments whose tables are not made yet, one that sets floors, and one of a user's own policy, which have none.
-UNMEASURED = {"few_steps_peers_grid", "few_steps_peers", "safety_floors", "own_policy"}
+UNMEASURED = {"few_steps_peers_grid", "few_steps_peers", "ablate_approximation", "safety_floors", "own_policy"}
 
 
 def declared(name, key):

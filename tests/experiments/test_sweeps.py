@@ -28,6 +28,7 @@ SWEEPS = {
     "ablate_window": ["method=none,negtome", "method.timestep_range=[0,1000],[400,1000]"],
     "ablate_blocks": ["method=none,negtome", "method.metadata.blocks=early,late"],
     "ablate_matching": ["method=none,negtome,random_match,noise_control"],
+    "ablate_approximation": ["method=none,negtome,negtome_reuse_2,negtome_projection_64"],
     "cfg_scale": ["method=none,negtome", "model.call.guidance_scale=2,8"],
     "cfg_scale_flux": ["method=none,negtome", "model.call.guidance_scale=1.5,3.5"],
     "sweep": ["method=none,negtome", "method.alpha=0.9,1.8", "method.threshold=-1,0.5"],
@@ -36,7 +37,8 @@ SWEEPS = {
 DRAWN = {"sweep", "cfg_scale"}
 #: What differs from its neighbours by one line of configuration, which other tests read, is run among the slow tests.
 ALIKE = {
-    "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching", "cfg_scale_flux"
+    "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching",
+    "ablate_approximation", "cfg_scale_flux",
 }  # fmt: skip
 RUN = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in SWEEPS]
 

@@ -330,6 +330,42 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
         assert row["seconds"] == seconds and set(row) <= set(columns.COLUMNS)
 
 
+def test_the_share_of_equal_matches_is_a_column_only_where_matches_are_approximate(tmp_path):
+    shares = {"none": None, "negtome": None, "negtome_reuse_2": 0.375}
+    exact, approximate = (
+        merge_rows(
+            tmp_path / f"{len(methods)}.csv",
+            [ROW | {"method": name, "run_id": str(i), "equal_share": shares[name]} for i, name in enumerate(methods)],
+        )
+        for methods in (["none", "negtome"], list(shares))
+    )
+    assert pages.main_table(approximate)["equal matches"].tolist() == ["", "", "38 %"]
+    assert "share of the approximate matches" in pages.legend(approximate)
+    assert "equal_share" not in pd.read_csv(tmp_path / "2.csv") and "equal matches" not in pages.main_table(exact)
+    assert "approximate" not in pages.legend(exact)
+
+
+def test_shares_are_over_all_groups():
+    """Also of groups in which nothing was compared; a method without such counts has no share."""
+    run = SimpleNamespace(
+        identity={"request": {"method": {"settings": {}}}, "machine": {"device": "cpu"}, "weights": "w"},
+        environment={"commit": "c"}, id="0123",
+    )  # fmt: skip
+    counts = {"n_groups": 8, "n_images": 32, "version": 1}
+    measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}} | counts
+    (spec,) = configured().runs
+
+    def row(*statistics):
+        return tabulate.row_of(tabulate.Score(spec, run, "clip_score", "quality", measured, None, list(statistics)))
+
+    groups = [
+        {"tokens_compared": 100, "tokens_pushed": 90, "approximate_matches": 50, "equal_matches": 10},
+        {"tokens_compared": 300, "tokens_pushed": 10, "approximate_matches": 150, "equal_matches": 140},
+    ]
+    assert (row(*groups, {})["pushed_share"], row(*groups, {})["equal_share"]) == (0.25, 0.75)
+    assert (row({}, {})["pushed_share"], row({}, {})["equal_share"]) == (None, None)
+
+
 def test_values_of_groups_are_those_of_the_table(tmp_path):
     """A new run takes the place of the one that its row replaced; other metrics and runs stay, to nine digits."""
     path = tmp_path / "e" / groups.GROUPS
