@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Further overrides for any experiment: make reproduce-diversity ARGS="model=sdxl"
+# Further overrides for any experiment: make reproduce-diversity ARGS="model.groups_per_category=2"
 ARGS ?=
+# The model of any experiment, in place of its own: make reproduce-paper MODEL=sdxl
+MODEL :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install sweep cfg-scale peers few-steps-peers safety publish latency redteam gate report demo doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
 
 # The groups of the list, each with its targets in order; what is in none is for development.
 USE := demo report doctor
-REPRODUCE := reproduce-% sweep cfg-scale peers few-steps-peers safety redteam gate latency reproduce-deliberation publish
+REPRODUCE := reproduce-% reproduce-paper sweep cfg-scale peers few-steps-peers safety redteam gate latency reproduce-deliberation publish
 help:  ## this list
 	@awk -F ':.*## ' -v use="$(USE)" -v reproduce="$(REPRODUCE)" ' \
 	  /^[a-z%-]+:.*## / {text[$$1] = $$2; order[++n] = $$1} \
@@ -35,7 +37,8 @@ install: $(VENV)/.installed-dev  ## install the benchmark, its tests and its pag
 
 # reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
 reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduce-diversity, reproduce-copyright, reproduce-sweep
-	$(PY) -m experiments reproduce experiment=$* $(ARGS)
+	$(PY) -m experiments reproduce experiment=$* $(MODEL:%=model=%) $(ARGS)
+reproduce-paper: FORCE  ## MODEL=sdxl or flux-dev, on a GPU: the paper's table with ours in it (docs/gpu.md)
 FORCE:
 
 sweep: reproduce-sweep reproduce-sweep_flux  ## alpha x threshold x timestep range on the development prompts: table, heat maps, Pareto front

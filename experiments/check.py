@@ -112,7 +112,7 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     table_file, published = files(plan)
     read_table(plan.name, plan.results)  # says what makes it where it is not there
     if not published.exists():
-        print(f"{plan.name} is not published: there is nothing to compare {table_file} with")
+        print(f"no table of experiment={plan.name} is published: there is nothing to compare {table_file} with")
         return 0
     table = compare_tables(table_file, published)
     for row in table.itertuples():

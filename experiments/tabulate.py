@@ -5,6 +5,7 @@
 
 The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. Rows of models that are not among
 them stay as they are in the CSV.
+With paper_comparison=true, `comparison.md` has the paper's table with ours in it.
 With --against METHOD, all methods are paired with that one instead of the baseline, and only a page is written,
 `<results>/<experiment>/against_<method>.md`. With style=paper, `paper/table.tex` is written too.
 
@@ -43,6 +44,7 @@ from experiments.runs.store import Run
 from experiments.tables import columns
 from experiments.tables.groups import GROUPS, group_rows, put_groups
 from experiments.tables.pages import paper_table, render_against, render_latex, render_markdown
+from experiments.tables.paper import COMPARISON, render_comparison
 from experiments.tables.paths import TABLE
 
 log = logging.getLogger(__name__)
@@ -253,10 +255,10 @@ def find_document(images: ImageSet, metric: Metric) -> dict[str, Any]:
 def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
     """Write `table.csv`, `table.md` and `groups.csv.gz` of a plan's runs into `<results>/<experiment>/`.
 
-    With style=paper, `paper/table.tex` too.
+    With style=paper, `paper/table.tex` too; with paper_comparison=true, `comparison.md`.
 
     Returns:
-        The table with all rows that were in it before, and the Markdown.
+        The table with all rows that were in it before, and the Markdown of `table.md` and `comparison.md`.
     """
     path, scores = plan.result_file(), read_scores(plan)
     rows = [row_of(score) for score in scores]
@@ -269,6 +271,9 @@ def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
         write_text(path.with_suffix(".md"), page)
         if plan.cfg.style == "paper":
             write_text(path.parent / "paper" / "table.tex", render_latex(frame))
+        if flag(plan.cfg, "paper_comparison"):
+            write_text(plan.result_file(COMPARISON), comparison := render_comparison(frame))
+            page += f"\n{comparison}"
     return frame, page
 
 
@@ -292,5 +297,8 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     plan, against = plan or Plan.of(overrides), arguments.against
     print((write_comparison(plan, against) if against else write_table(plan))[1])
-    for name in [f"against_{against}.md"] if against else [TABLE, "table.md", GROUPS]:
+    files = [f"against_{against}.md"] if against else [TABLE, "table.md", GROUPS]
+    if flag(plan.cfg, "paper_comparison") and not against:
+        files.append(COMPARISON)
+    for name in files:
         print(plan.result_file(name))

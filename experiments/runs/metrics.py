@@ -17,7 +17,7 @@ from experiments.tables import columns
 
 #: Images that a metric may need and a model's configuration may lack, and how to give them.
 NEEDS = {
-    "reference": "they compare with real images; give a folder, one subfolder a category: "
+    "reference": "they compare with real images; give a folder, one subfolder a category or all images in one: "
     "model.reference_images=FOLDER",
     "references": "they compare with protected assets; give a folder, one subfolder a character: "
     "model.copyright.scoring=FOLDER",
@@ -26,16 +26,23 @@ NEEDS = {
 }
 NO_PROMPTS = "they are of kinds of requests that the policy gives none of"
 OF_RUNS = "they compare a run with its baseline, and a folder of images is no run"
+OF_KIND = "their networks are for photographs, and a mini model draws emoji; give model=sdxl or another real checkpoint"
 
 
 def left_out(cfg: DictConfig) -> dict[str, str]:
-    """Return the configured metrics whose images for comparison are missing, with the reason."""
+    """Return the configured metrics that are not for the model, or whose images for comparison are missing.
+
+    Returns:
+        The reason for each.
+    """
     reasons = {}
     generated = cfg.images is None and is_generated(cfg)
     ids = {group.prompt_id for group in build(cfg.prompts).groups()} if generated else set()
     for name, spec in cfg.metric.items():
         lacking = [need for need in NEEDS if need in spec and spec[need] is None]
-        if lacking:
+        if spec.get("kind", cfg.model.kind) != cfg.model.kind:
+            reasons[name] = OF_KIND
+        elif lacking:
             reasons[name] = NEEDS[lacking[0]]
         elif generated and spec.get("only") and not any(fnmatch.filter(ids, pattern) for pattern in spec.only):
             reasons[name] = NO_PROMPTS
@@ -82,6 +89,7 @@ def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Met
     spec = cfg.metric[name]
     settings = OmegaConf.to_container(spec, resolve=True) | {"name": name}
     only = settings.pop("only", None)
+    settings.pop("kind", None)
     if isinstance(only, str):
         raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
     if "baseline" in spec:
@@ -125,7 +133,7 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
         # Without real images, realism is left out, and quality is judged by CLIPScore alone.
         named[role] = [name for name in names if name not in absent] or names
     for role, name in ((role, name) for role, names in named.items() for name in names):
-        if name not in cfg.metric or absent.get(name) in (*NEEDS.values(), NO_PROMPTS):
+        if name not in cfg.metric or absent.get(name) in (*NEEDS.values(), NO_PROMPTS, OF_KIND):
             raise ValueError(
                 f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
                 f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"

@@ -96,7 +96,7 @@ def _decimals(value: float) -> int:
     return 1 if abs(value) >= 10 else 3 if abs(value) >= 0.1 else 5
 
 
-def _cell(row: pd.Series) -> str:
+def cell(row: pd.Series) -> str:
     """Return a run's number with its interval, or with its paired difference to the run without a method."""
     write = f"{{:.{_decimals(row['value'])}f}}".format
     if pd.isna(row["difference"]):
@@ -185,7 +185,7 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
             for _, row in tested[tested["primary"] == role].iterrows():
                 by = f" by {row['encoder']}" if several[row["metric"]] else ""
                 metric = f"{humanize(row['metric'])}{by}"
-                entry[f"{metric} ({arrow(row)})"] = _cell(row)
+                entry[f"{metric} ({arrow(row)})"] = cell(row)
                 entry[f"{metric}: p"] = printed_p(row["p_holm"])
                 of = f"{metric}: " if several_of[role] > 1 else ""
                 if role == "quality":
@@ -276,7 +276,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in others.iterrows():
         key = (row["model"], humanize(row["metric"]), arrow(row), row["encoder"], f"{row['n_units']:.0f}")
-        table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
+        table.setdefault(key, {})[labels[row["run_id"]]] = cell(row)
     heads = ("model", "metric", "better", "scored by", "clusters")
     rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]
     return pd.DataFrame(rows, columns=[*heads, *dict.fromkeys(labels.values())], dtype=object).fillna("")

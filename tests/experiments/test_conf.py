@@ -97,7 +97,8 @@ def check_metrics(metrics):
         if any(need in settings and settings[need] is None for need in NEEDS):
             continue
         settings |= {"baseline": "run"} if "baseline" in settings else {}
-        settings.pop("only", None)
+        for key in ("only", "kind"):
+            settings.pop(key, None)
         assert metric(name, json.dumps(settings)).name == name
 
 
@@ -373,7 +374,7 @@ def test_the_mini_models_entropies_have_images_enough():
 
 
 def test_numbers_of_other_networks_are_not_called_fid_or_kid():
-    for suite in ("full", "diversity", "released"):
+    for suite in ("full", "diversity", "released", "paper"):
         for name, spec in composed(f"metric={suite}").metric.items():
             if name.endswith(("fid", "kid", "inception_score")):
                 own = "TorchvisionInception" if name == "released_inception_score" else "Inception"
@@ -389,7 +390,7 @@ def test_the_documentation_names_every_metric():
     titles = re.findall(r"^###? (.+)$", text, re.MULTILINE)
     headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert links <= headings
-    for suite in ("diversity", "fair", "full", "released", "stereotypes"):
+    for suite in ("diversity", "fair", "full", "released", "paper", "stereotypes"):
         for name, spec in composed(f"metric={suite}").metric.items():
             assert any(fnmatch(name, pattern) for pattern in named), f"{name} ({spec._target_})"
 

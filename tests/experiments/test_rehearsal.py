@@ -187,6 +187,9 @@ def networks(tmp_path_factory):
     for net, name in (("alex", "alexnet"), ("vgg", "vgg16")):
         file = lpips["backbones"][net]
         files[lpips["url"].format(file=file)] = save_torchvision(name, folder / file)
+    for row, options in (("inception", {"aux_logits": False, "num_classes": 1008}), ("inception_torchvision", {})):
+        file = folder / FACTS[row]["files"][0]
+        files[FACTS[row]["url"]] = save_torchvision("inception_v3", file, init_weights=False, **options)
     yield repositories, {url.removeprefix("https://"): file for url, file in files.items()}
     shutil.rmtree(folder)
 
@@ -264,6 +267,45 @@ def test_flux_goes_from_nothing_to_a_table(command, scoring, tmp_path):
     assert len(scored(outputs / "results" / "diversity" / "table.csv")) >= 3 * 4
     downloads = scoring.downloads()
     assert len(set(downloads)) == len(downloads)
+
+
+@pytest.mark.slow
+def test_the_papers_table_is_made_with_images_to_compare_with(command, scoring, tmp_path):
+    """Of few images: without the numbers that need thousands, and with the Inception Score in one part."""
+    outputs, real = tmp_path / "outputs", tmp_path / "val2017"
+    arguments = [
+        "experiment=paper", "model=sdxl", "method=none,negtome", *SMALL, *SHORT["sdxl"], "prompts.images_per_prompt=5",
+        "metric.released_inception_score.splits=1", "~metric.released_entropy", f"outputs={outputs}",
+        f"model.reference_images={real}",
+    ]  # fmt: skip
+    done = command("reproduce", *arguments)
+    message = done.stderr[done.stderr.index("faults, and no image was made") :]
+    assert done.returncode == 2 and f"got {real}, which does not exist" in message and "~metric.kid" in message
+    assert not scoring.downloads() and not outputs.exists()
+    real.mkdir()
+    for number in range(6):
+        Image.effect_noise((80, 60 + number), 50).save(real / f"{number:012d}.jpg")
+    done = command("reproduce", *arguments, "~metric.fid", "~metric.released_fid")
+    assert done.returncode == 0, done.stderr
+    page = (outputs / "results" / "paper" / "comparison.md").read_text()
+    assert page in done.stdout and "nan" not in page
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    rows = pd.DataFrame(lines[2:], columns=lines[0])
+    ours = rows[rows["source"] == "ours"]
+    assert list(ours["method"]) == ["without NegToMe", "NegToMe"]
+    assert set(ours["model"]) == {"sdxl"} and set(ours["images"]) == {"10"}
+    table = scored(outputs / "results" / "paper" / "table.csv")["value"]
+    for heading, metric, scale in (
+        ("DreamSim similarity (down)", "released_dreamsim", 1), ("CLIPScore / 100 (up)", "clip_score", 0.01),
+        ("Inception Score (up)", "released_inception_score", 1), ("KID (down)", "kid", 1),
+        ("precision (up)", "precision", 1),
+    ):  # fmt: skip
+        for method, cell in zip(("none", "negtome"), ours[heading], strict=True):
+            assert float(re.split("[ ;]", cell)[0]) == pytest.approx(scale * table[method, metric], abs=1e-3)
+    assert (ours["seconds (down)"].astype(float) > 0).all()
+    assert {"0.812", "0.780", "0.743", "0.712"} == set(
+        rows.loc[rows["source"] == "the paper", "DreamSim similarity (down)"]
+    )
 
 
 @pytest.mark.slow
