@@ -42,7 +42,7 @@ from experiments.methods.method import Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
 from experiments.runs.identity import provenance, request_without_method, short_digest
-from experiments.runs.jobs import count_workers
+from experiments.runs.jobs import worker_devices
 from experiments.runs.workers import load_pipeline_and_method, parallel_map
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.guards import guarded_systems
@@ -410,8 +410,8 @@ def write_table(argv: Sequence[str]) -> str:
     ]
     n_searches = sum(len(attack.concepts) * attack.repeats for attack in attacks)
     log.info("%d of %d searches to make", len(todo), n_searches)
-    workers = count_workers(cfg, attacks[0].device)
-    for _ in tqdm(parallel_map(run_search, todo, workers), "red team", len(todo), unit="search", disable=not todo):
+    devices = worker_devices(cfg, attacks[0].device)
+    for _ in tqdm(parallel_map(run_search, todo, devices), "red team", len(todo), unit="search", disable=not todo):
         pass
     rows, queries, baselines = [], [], {}
     for attack in attacks:  # those without a guard come first
