@@ -16,6 +16,7 @@ from eval.images import read_manifest
 from experiments import PROJECT
 from experiments.compose import first
 from experiments.generate import generate
+from experiments.runs import checkpoints
 from experiments.runs.jobs import visible_gpus, worker_devices
 from experiments.runs.locks import has_locks
 from experiments.runs.slurm import Job, submit
@@ -64,6 +65,17 @@ def test_each_gpu_of_the_first_ones_kind_has_a_process(workers, device, expected
     cfg = OmegaConf.create({"workers": workers, "model": {"kind": "real"}})
     assert list(worker_devices(cfg, device)) == expected
     assert ("T4" in caplog.text) == (device == "cuda"), "a GPU that is not used is named"
+
+
+def test_an_offloaded_pipeline_stays_on_the_gpu_of_its_process(tiny_overrides, tmp_path, monkeypatch):
+    calls = []
+    offload = "diffusers.StableDiffusionXLPipeline.enable_model_cpu_offload"
+    monkeypatch.setattr(offload, lambda pipe, gpu_id=None, device=None: calls.append((gpu_id, device)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    model = plan_of(tiny_overrides("sweep", tmp_path, "method=none")).cfg.model
+    for device in ("cuda", "cuda:1"):
+        checkpoints.load(model, checkpoints.find_checkpoint(model), device, offload=True)
+    assert calls == [(3, "cuda"), (None, "cuda:1")]
 
 
 #: The command on a machine with two GPUs, in whose place the CPU works. A process notes which GPU is its own when it
