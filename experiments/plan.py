@@ -211,7 +211,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON: what all runs share is in it once, and so is what several share."""
         specs = self.specs
-        configs = [without(OmegaConf.to_container(spec.cfg, resolve=True), "launcher") for spec in specs]
+        # Without the launcher: a job that reads the plan works itself.
+        configs = [OmegaConf.to_container(spec.cfg, resolve=True) | {"launcher": {}} for spec in specs]
         texts = [{key: canonical_json(value, compact=True) for key, value in config.items()} for config in configs]
         is_shared = {key: all(text.get(key) == texts[0][key] for text in texts) for key in texts[0]}
         shared = {key: configs[0][key] for key in configs[0] if is_shared[key]}
