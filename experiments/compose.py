@@ -3,16 +3,13 @@
 import copy
 import functools
 import itertools
-import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -144,35 +141,10 @@ def _product(choices: Mapping[str, list[str]]) -> list[tuple[str, ...]]:
     return [_baseline(job) if "method=none" in job else job for job in itertools.product(*choices.values())]
 
 
-def launcher(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return those overrides that name a launcher or are its settings; () for none."""
-    naming = _naming(check_overrides(overrides))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return () if _compose_sweep(naming).hydra.launcher._target_.endswith(".BasicLauncher") else naming
-
-
-def launch(task: Callable[[DictConfig], Any], overrides: Sequence[str]) -> None:
-    """Have a launcher run jobs, each of which calls `task` with a configuration; the first job's error is raised here.
-
-    Args:
-        task: a function of a module.
-        overrides: of the launcher, and of the jobs.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
-    # The folder is an absolute path: a job in another process finds no configuration beside its function.
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
-    sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *overrides]
-    main()
-
-
 def _naming(overrides: Iterable[str]) -> tuple[str, ...]:
-    """Return those overrides that say what is swept, as an experiment does, and how, as a launcher does."""
-    return tuple(text for text in overrides if names_sweep(parsed(text)))
-
-
-def names_sweep(override: Override) -> bool:
-    """Return whether an override names an experiment or a launcher, or is one of Hydra's own settings."""
-    return override.key_or_group in ("experiment", "launcher") or override.is_hydra_override()
+    """Return those overrides that say what is swept: an experiment, and Hydra's own settings."""
+    named = {text: parsed(text) for text in overrides}
+    return tuple(text for text in named if named[text].key_or_group == "experiment" or named[text].is_hydra_override())
 
 
 def _baseline(job: Iterable[str]) -> tuple[str, ...]:
@@ -271,7 +243,7 @@ def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
 
 @functools.lru_cache(maxsize=256)
 def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose an experiment with Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
+    """Compose an experiment with Hydra's own settings, such as its sweep; nobody may change the result."""
     return _composed(overrides, return_hydra_config=True)
 
 

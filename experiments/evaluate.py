@@ -3,6 +3,7 @@
     python -m experiments evaluate experiment=diversity
 
 The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. What is scored already is skipped.
+Several GPUs, commands or Slurm jobs (launcher=slurm) divide the runs among them.
 
     python -m experiments evaluate images=FOLDER metric=core model=sdxl
 
@@ -20,11 +21,13 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from omegaconf import DictConfig
@@ -35,17 +38,30 @@ from eval.images import METRICS, count_withheld, scores_path
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import difference_of, has_value, interval_of, n_units
 from eval.metric import Metric, current_document, measure
-from experiments import project_path, start_log
+from experiments import generate, project_path, select_device, start_log
 from experiments.configs import flag
-from experiments.plan import Plan, launch, launched_run
+from experiments.plan import Plan, RunSpec
+from experiments.runs.jobs import worker_devices
+from experiments.runs.locks import locked
 from experiments.runs.metrics import build_metric, left_out_lines, measured, metric_of_run
-from experiments.runs.store import Run
+from experiments.runs.preflight import fetch_all, of_scoring
+from experiments.runs.slurm import submit
+from experiments.runs.store import LOCKS, Run
+from experiments.runs.workers import parallel_map
 from experiments.tables.pages import with_interval
 
 log = logging.getLogger(__name__)
 
 #: What keeps a metric from its number, and not the others from theirs.
 REFUSALS = (ValueError, TypeError, OSError, RuntimeError)
+
+
+class RunScores(NamedTuple):
+    """The files of a run's scores, how many are new, and for each metric that could not be measured the reason."""
+
+    files: list[Path]
+    n_new: int
+    reasons: dict[str, str]
 
 
 def evaluate(plan: Plan) -> list[Path]:
@@ -66,35 +82,61 @@ def evaluate(plan: Plan) -> list[Path]:
 def score_runs(plan: Plan) -> tuple[list[Path], dict[str, dict[str, str]]]:
     """Score a plan's runs with every configured metric that can.
 
+    On GPUs, a process for each scores whole runs. Runs that another command scores come last: this one waits for them.
+
     Returns:
         The JSON files; and for each run's name, and each metric that could not be measured, why.
 
     Raises:
         FileNotFoundError: the images were not generated.
         ValueError: a run is not as it was generated.
+        RuntimeError: a process was killed.
     """
     runs = [Run.of(spec) for spec in plan.runs]  # what was not generated, before the first of them is scored
-    files, refused = [], {}
-    for name, spec, run in zip(plan.names(), plan.runs, runs, strict=True):
+    device = select_device(plan.cfg.device)
+    devices = worker_devices(plan.cfg, device) if device.startswith("cuda") else (device,)
+    scores: dict[RunSpec, RunScores] = {}
+    for wait in (False, True):
+        remaining = [task for task in zip(plan.runs, runs, strict=True) if task[0] not in scores]
+        if len(remaining) < 2:
+            devices = devices[:1]  # this process, which is here already
+        try:
+            for (spec, run, _), scored in parallel_map(_score_run, [(*task, wait) for task in remaining], devices):
+                if scored is None:
+                    continue
+                scores[spec] = scored
+                counts = f"{len(scored.files)} metrics are there, {scored.n_new} of them measured now"
+                missing = f", {len(scored.reasons)} not measured" if scored.reasons else ""
+                log.info("%s: %s%s: %s", spec.label, counts, missing, run.folder)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"One of {len(devices)} processes that score was killed, most likely for want of memory: what is done "
+                "is kept, run the same command with workers=1"
+            ) from error
+    files = [file for spec in plan.runs for file in scores[spec].files]
+    reasons = {name: scores[spec].reasons for name, spec in zip(plan.names(), plan.runs, strict=True)}
+    return files, {name: refused for name, refused in reasons.items() if refused}
+
+
+def _score_run(spec: RunSpec, run: Run, wait: bool) -> RunScores | None:
+    """Score a run; return None where another process does, unless `wait`."""
+    with locked(run.folder.parent / LOCKS / f"scores.{run.id}", wait) as is_locked:
+        if not is_locked:
+            return None
         images, label = _open(spec.cfg, run.folder), spec.label
         if not images.rows:
             withheld = f"{len(images.withheld)} groups are withheld ({count_withheld(images.withheld)})"
             log.warning("%s: all %s: there are no images to measure: %s", label, withheld, run.folder)
-        scored, reasons, n_new = [], {}, 0
+        files, reasons, n_new = [], {}, 0
         for metric in measured(spec.cfg):
             try:
                 file, new = _score(images, metric_of_run(spec, metric), run.folder / METRICS, label)
             except REFUSALS as error:
                 reasons[metric] = str(error)
                 continue
-            scored.append(file)
+            files.append(file)
             n_new += new
-        counts = f"{len(scored)} metrics are there, {n_new} of them measured now"
-        log.info("%s: %s%s: %s", label, counts, f", {len(reasons)} not measured" if reasons else "", run.folder)
-        files += scored
-        if reasons:
-            refused[name] = reasons
-    return files, refused
+    return RunScores(files, n_new, reasons)
 
 
 def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -186,7 +228,8 @@ def _reasons(refused: dict[str, dict[str, str]]) -> str:
 
 
 def _open(cfg: DictConfig, folder: Path) -> ImageSet:
-    return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=True)
+    is_command = multiprocessing.parent_process() is None  # the progress bars of several processes would mix
+    return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=is_command)
 
 
 def _score(images: ImageSet, metric: Metric, folder: Path, label: str, trusted: bool = True) -> tuple[Path, bool]:
@@ -219,10 +262,15 @@ def _keep_memory() -> None:
             ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
-def evaluate_job(cfg: DictConfig) -> None:
-    """Score the run of a job that a launcher started."""
-    _, spec = launched_run(cfg)
-    evaluate(Plan([spec]))
+def _launch(plan: Plan) -> int:
+    """Fetch here what jobs need to score a plan's runs, submit the jobs, and return the exit code."""
+    for spec in plan.runs:
+        Run.of(spec)  # fails here and not in every job
+    if faults := of_scoring([spec.cfg for spec in generate.on_cpu(plan).runs], tables=False):
+        for fault in fetch_all(faults):
+            log.warning("not measured: %s: %s", ", ".join(fault.needed_by), fault.problem)
+    submit(["evaluate"], plan)
+    return 0
 
 
 def main(argv: list[str], plan: Plan | None = None) -> int:
@@ -242,8 +290,7 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
             print(_reasons({"": refused}))
         return 0
     if plan.launcher:
-        launch(evaluate_job, plan)
-        return 0
+        return _launch(plan)
     refused = score_runs(plan)[1]
     if not refused:
         return 0

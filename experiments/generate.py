@@ -8,10 +8,11 @@ The baseline of each run is generated too, whether you name it or not.
 You may interrupt the command at any time: the same command goes on where it stopped, and does nothing when everything
 is there. Several commands may run at once, also on several machines with a shared disk: no group is generated twice.
 
-    python -m experiments generate -m experiment=sweep launcher=joblib
-    python -m experiments generate -m experiment=sweep launcher=slurm
+    python -m experiments generate experiment=sweep model=sdxl
+    python -m experiments generate experiment=sweep model=sdxl launcher=slurm launcher.jobs=8 launcher.partition=NAME
 
-A launcher sends the runs of a sweep to other processes or machines.
+The first uses all GPUs of this machine, a process for each. The second submits Slurm jobs and returns; it fetches what
+is missing before, since the jobs use no network. conf/launcher/slurm.yaml has all options of the jobs.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -22,21 +23,24 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import itertools
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.images import count_withheld, read_withheld
-from experiments import start_log
+from experiments import project_path, start_log
 from experiments.configs import with_device
-from experiments.plan import Plan, RunSpec, launch, launched_run, run_names
+from experiments.plan import Plan, RunSpec, run_names
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.faults import Fault, listing
 from experiments.runs.jobs import RunJob, prepare_job
+from experiments.runs.locks import has_locks
 from experiments.runs.metrics import left_out_lines
 from experiments.runs.preflight import examine_and_fetch
+from experiments.runs.slurm import submit
 from experiments.runs.store import Run
 from experiments.runs.workers import generate_groups
 
@@ -70,6 +74,12 @@ def generate_jobs(plan: Plan, jobs: list[RunJob]) -> None:
     distinct = [jobs_of_run[0] for jobs_of_run in by_run.values()]  # a run that is named twice is generated once
     remaining = {job.task.run: len(job.missing) for job in distinct}
     total, titles = sum(remaining.values()), {}
+    if total and not has_locks(outputs := project_path(plan.cfg.outputs)):
+        text = (
+            "The file system of %s does not lock files: run one command at a time, since several would make the same "
+            "images, or set outputs=FOLDER on another one (Lustre needs the mount option flock)"
+        )
+        log.warning(text, outputs)
     for number, (job, name) in enumerate(zip(distinct, run_names([job.spec.cfg for job in distinct]), strict=True), 1):
         titles[job.task.run] = f"run {number} of {len(distinct)}: {name}"
         state = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
@@ -112,13 +122,21 @@ def refuse(faults: list[Fault], tables: bool) -> int:
     return 2
 
 
-def generate_launched(cfg: DictConfig) -> None:
-    """Generate the run of a job that a launcher started."""
-    plan, spec = launched_run(cfg)
-    generate_jobs(plan, [prepare_job(spec, find_checkpoint(spec.cfg.model))])
+def launch(stages: Sequence[str], plan: Plan, tables: bool = False) -> int:
+    """Check and fetch here what the jobs of a launcher need, submit them, and return the exit code.
+
+    Args:
+        stages: the commands of each job; see `experiments.runs.slurm.submit`.
+        tables: whether tables will be made, which need the primary metrics.
+    """
+    if faults := examine_and_fetch(on_cpu(plan), tables, disk=False)[1]:
+        return refuse(faults, tables)
+    plan.write()
+    submit(stages, plan)
+    return 0
 
 
-def _on_cpu(plan: Plan) -> Plan:
+def on_cpu(plan: Plan) -> Plan:
     """Return the plan for the CPU: a launched job may run on a machine with other devices than this one."""
     configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in plan.runs]
     return Plan([RunSpec(OmegaConf.create(with_device(cfg, lambda _: "cpu")), "") for cfg in configs])
@@ -132,11 +150,7 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     for line in left_out_lines(spec.cfg for spec in plan.runs):
         log.warning("%s", line)
     if plan.launcher:
-        if faults := examine_and_fetch(_on_cpu(plan), tables, disk=False)[1]:
-            return refuse(faults, tables)
-        plan.write()
-        launch(generate_launched, plan)
-        return 0
+        return launch(["generate"], plan)
     jobs, faults = examine_and_fetch(plan, tables)
     if faults:
         return refuse(faults, tables)

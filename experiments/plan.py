@@ -6,7 +6,7 @@ A plan is written to `<outputs>/<experiment>/plan.json`, and `plan=FILE` on the 
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from eval.files import canonical_json, read_json, write_text
 from experiments import compose, project_path
 from experiments.configs import METADATA, leaves, without
-from experiments.runs.identity import config_digest, short_digest
+from experiments.runs.identity import config_digest
 from experiments.runs.locks import locked
 from experiments.tables.paths import TABLE, result_file
 
@@ -61,11 +61,11 @@ class Plan:
 
     Attributes:
         runs: in the order of the sweep.
-        launcher: Hydra's overrides of the launcher that sends runs to other processes or machines; () for none.
+        launcher: settings of the jobs on other machines that make the runs; None if this process does.
     """
 
     runs: list[RunSpec]
-    launcher: tuple[str, ...] = ()
+    launcher: DictConfig | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", str(self.cfg.name)):  # it names a folder of outputs, and files of results
@@ -115,10 +115,11 @@ class Plan:
         files = [text.removeprefix("plan=") for text in overrides if text.startswith("plan=")]
         if not files:
             return cls.make(overrides)
-        plan, naming = cls.read(Path(files[-1]).expanduser()), []
+        plan, of_launcher = cls.read(Path(files[-1]).expanduser()), []
+        plan.add_ids(complete_runs(plan.file))  # the file may be a copy that was made for jobs
         for override in (compose.parsed(text) for text in overrides if not text.startswith("plan=")):
-            if compose.names_sweep(override) and override.key_or_group != "experiment":
-                naming.append(override.input_line)
+            if override.key_or_group.split(".")[0] == "launcher":
+                of_launcher.append(override.input_line)
             elif override.key_or_group not in OF_STAGES:
                 raise ValueError(
                     f"expected {', '.join(OF_STAGES)} or a launcher beside plan=, whose runs are composed, got "
@@ -126,8 +127,8 @@ class Plan:
                 )
             for spec in plan.runs if override.key_or_group in OF_STAGES else ():
                 OmegaConf.update(spec.cfg, override.key_or_group, override.value())
-        if naming:
-            plan.launcher = compose.launcher(naming)
+        if of_launcher:
+            plan.launcher = compose.first(of_launcher).launcher or None
         return plan
 
     @classmethod
@@ -145,7 +146,7 @@ class Plan:
             specs.append(RunSpec(cfg, settings, ids.get(settings)))
         for spec, (_, baseline) in zip(specs, composed, strict=True):
             spec.baseline = specs[baseline]
-        return cls(specs, compose.launcher(overrides))
+        return cls(specs, specs[0].cfg.launcher or None)
 
     @classmethod
     def read(cls, file: Path) -> "Plan":
@@ -210,7 +211,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON: what all runs share is in it once, and so is what several share."""
         specs = self.specs
-        configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in specs]
+        # Without the launcher: a job that reads the plan works itself.
+        configs = [OmegaConf.to_container(spec.cfg, resolve=True) | {"launcher": {}} for spec in specs]
         texts = [{key: canonical_json(value, compact=True) for key, value in config.items()} for config in configs]
         is_shared = {key: all(text.get(key) == texts[0][key] for text in texts) for key in texts[0]}
         shared = {key: configs[0][key] for key in configs[0] if is_shared[key]}
@@ -285,23 +287,3 @@ def run_names(configs: list[DictConfig]) -> list[str]:
         for i in alike:
             names[i] = ", ".join([name, *(f"{key} {settings[i].get(key)}" for key in keys)])
     return names
-
-
-def launch(task: Callable[[DictConfig], Any], plan: Plan) -> None:
-    """Have the plan's launcher run a job for each run; the first job's error is raised here.
-
-    Args:
-        task: a job, called with a configuration for `launched_run`.
-        plan: written to a file of its own, which no later command replaces while jobs wait.
-    """
-    content = plan.as_json()
-    file = plan.write(plan.file.with_name(f"launched-{short_digest(content)}.json"))
-    numbers = ",".join(map(str, range(len(content["runs"]))))
-    compose.launch(task, [*plan.launcher, f"outputs='{plan.cfg.outputs}'", f"plan='{file}'", f"run={numbers}"])
-    plan.add_ids(complete_runs(plan.file))  # which the jobs wrote
-
-
-def launched_run(cfg: DictConfig) -> tuple[Plan, RunSpec]:
-    """Return the plan and the run of a job that `launch` started."""
-    plan = Plan.read(Path(cfg.plan))
-    return plan, plan.runs[cfg.run]

@@ -1,7 +1,10 @@
 """Run all stages of an experiment: images, scores, table, figures, comparison with the published values.
 
     python -m experiments reproduce experiment=diversity
-    python -m experiments reproduce experiment=sweep launcher=joblib
+    python -m experiments reproduce experiment=sweep model=sdxl launcher=slurm
+
+The second submits Slurm jobs for the images and scores, and returns. When the jobs are done, the same command without
+launcher does the rest.
 
 `make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
@@ -19,7 +22,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import gc
 import importlib
 
-from experiments import check, quick, start_log
+from experiments import check, generate, quick, start_log
 from experiments.plan import Plan
 
 STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
@@ -32,7 +35,10 @@ def main(argv: list[str]) -> int:
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
-    if (part := quick.quick_plan(plan)) is not None:
+    part = quick.quick_plan(plan)
+    if plan.launcher:
+        return generate.launch(["generate", "evaluate"], part or plan, tables=True)
+    if part is not None:
         return quick.reproduce(argv, part, plan)
     for stage in stages:
         if code := stage.main(argv, plan):

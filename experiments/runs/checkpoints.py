@@ -339,7 +339,8 @@ def load(
     warnings.filterwarnings("ignore", message="`upcast_vae` is deprecated", category=FutureWarning)
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_modules)
     if offload:
-        pipe.enable_model_cpu_offload(device=device)
+        # Without an index, diffusers takes GPU 0 in every process.
+        pipe.enable_model_cpu_offload(torch.cuda.current_device() if device == "cuda" else None, device)
     elif device != "cpu":  # where it is already
         pipe.to(device)
     if compile_denoiser:

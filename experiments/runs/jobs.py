@@ -1,11 +1,14 @@
 """The jobs of an experiment: of each run its identity, its folder, and the groups that are missing there."""
 
+import functools
+import itertools
 import json
 import logging
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import project_path, select_device
@@ -40,14 +43,14 @@ class RunTask:
 
 @dataclass(frozen=True)
 class RunJob:
-    """A run, its identity, all of its groups, those that are missing, and the number of processes to generate them."""
+    """A run, its identity, all of its groups, those that are missing, and the device of each process for them."""
 
     spec: RunSpec
     task: RunTask
     identity: dict[str, Any]
     groups: list[Group]
     missing: list[Group]
-    workers: int
+    devices: tuple[str, ...]
 
 
 def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = None) -> RunJob:
@@ -63,7 +66,7 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
     cfg = spec.cfg
     device = select_device(cfg.device)
     flag(cfg, "offload")  # before anything is generated
-    workers = count_workers(cfg, device)
+    devices = worker_devices(cfg, device)
     groups: list[Group] = build(cfg.prompts).groups()
     method = build(cfg.method) if method is None else method
     task, identity = _task(cfg, checkpoint, device, method)
@@ -74,7 +77,7 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if damaged := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
         log.warning("%s: %d groups are made again, the first since %s", spec.label, len(damaged), damaged[0])
-    return RunJob(spec, task, identity, groups, [*missing], workers)
+    return RunJob(spec, task, identity, groups, [*missing], devices)
 
 
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:
@@ -86,18 +89,35 @@ def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) 
     return RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload), identity
 
 
-def count_workers(cfg: DictConfig, device: str) -> int:
-    """Return the number of processes that generate at the same time.
+def worker_devices(cfg: DictConfig, device: str) -> tuple[str, ...]:
+    """Return the device of each of the processes that work at the same time.
 
-    `workers=auto` means one process a core for the mini models on a CPU, whose operations are too small to be shared by
-    threads, and otherwise one process.
+    `workers=auto` means one process per GPU. For the mini models on a CPU, whose operations are too small to be shared
+    by threads, it means one process per core, at most 8. Otherwise it means one process.
+
+    Args:
+        device: the device of a run; "cuda" stands for all GPUs that are visible, "cuda:0" for one.
 
     Raises:
         ValueError: `workers` is neither "auto" nor an integer of at least 1.
     """
-    if cfg.workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, 8) if device == "cpu" and cfg.model.kind == "mini" else 1
-    if not isinstance(cfg.workers, int) or cfg.workers < 1:
+    devices = visible_gpus() if device == "cuda" else (device,)
+    n_workers = cfg.workers
+    if n_workers == "auto":
+        n_workers = len(devices)
+        if device == "cpu" and cfg.model.kind == "mini":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            n_workers = min(cores, 8)
+    if not isinstance(n_workers, int) or n_workers < 1:
         raise ValueError(f"workers must be auto or a whole number of at least 1, got {cfg.workers!r}")
-    return cfg.workers
+    return tuple(itertools.islice(itertools.cycle(devices), n_workers))
+
+
+@functools.cache
+def visible_gpus() -> tuple[str, ...]:
+    """Return the CUDA devices of the same kind as the first one, since the kind of device is part of a run's id."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if others := sorted({name for name in names if name != names[0]}):
+        text = "Only GPUs like the first one (%s) are used, not %s: CUDA_VISIBLE_DEVICES chooses others"
+        log.warning(text, names[0], ", ".join(others))
+    return tuple(f"cuda:{index}" for index, name in enumerate(names) if name == names[0])

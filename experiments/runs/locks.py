@@ -6,6 +6,7 @@ as some network file systems, the work goes on without them.
 
 import contextlib
 import errno
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +39,13 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if error.errno not in _NO_LOCKS:
                 raise
         yield True
+
+
+def has_locks(folder: Path) -> bool:
+    """Tell whether a folder's file system refuses a lock that another handle holds; the folder is created if needed."""
+    path = folder / f".lock-{uuid.uuid4().hex}"
+    try:
+        with locked(path), locked(path, wait=False) as is_locked_twice:
+            return not is_locked_twice
+    finally:
+        path.unlink(missing_ok=True)

@@ -135,7 +135,8 @@ def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tu
 def fetch_all(faults: list[Fault]) -> list[Fault]:
     """Fetch everything that can be fetched, and return the faults that remain."""
     remaining = []
-    log.info("Fetching: %s", ", ".join(fault.name for fault in faults if fault.fetch))
+    if names := [fault.name for fault in faults if fault.fetch]:
+        log.info("Fetching: %s", ", ".join(names))
     for fault in faults:
         try:
             if fault.fetch is None:

@@ -38,46 +38,59 @@ def generate_groups(jobs: list[RunJob]) -> Iterator[Run]:
     Groups that another process is generating come last: this process waits for them, and generates them itself if the
     other one dies. When a process of this command is killed, new processes go on.
     """
-    for workers in sorted({job.workers for job in jobs}, reverse=True):
-        remaining = {(job.task, group): job.task.run for job in jobs if job.workers == workers for group in job.missing}
+    for devices in sorted({job.devices for job in jobs}, key=len, reverse=True):
+        remaining = {(job.task, group): job.task.run for job in jobs if job.devices == devices for group in job.missing}
         wait, losses = False, 0  # losses in a row, without a group between them
         while remaining:
             before = len(remaining)
             try:
-                for finished in _generate_each(list(remaining), wait, workers):
+                for finished in _generate_each(list(remaining), wait, devices):
                     yield remaining.pop(finished)
                 wait = True
             except BrokenProcessPool as error:
-                _executor.cache_clear()
                 losses = losses + 1 if len(remaining) == before else 0
                 if losses == 2:
                     raise RuntimeError(
-                        f"One of {workers} processes that generate was killed, most likely for want of memory, before "
-                        "any had finished a group, twice: what is done is kept, run the same command with workers=1"
+                        f"One of {len(devices)} processes that generate was killed, most likely for want of memory, "
+                        "before any had finished a group, twice: what is done is kept, run the same command with "
+                        "workers=1"
                     ) from error
                 log.warning("A process that generates was killed: %d groups remain for new processes", len(remaining))
 
 
-def _generate_each(todo: list[tuple[RunTask, Group]], wait: bool, workers: int) -> Iterator[tuple[RunTask, Group]]:
+def _generate_each(
+    todo: list[tuple[RunTask, Group]], wait: bool, devices: tuple[str, ...]
+) -> Iterator[tuple[RunTask, Group]]:
     """Generate groups, and yield each that is on disk; skip those that another process is generating, unless `wait`."""
     tasks = [(*task_and_group, wait) for task_and_group in todo]
-    for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, workers):
+    for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, devices):
         if is_on_disk:
             yield task, group
 
 
-def parallel_map(function: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
+def parallel_map(
+    function: Callable[..., Any], tasks: Sequence[tuple], devices: tuple[str, ...]
+) -> Iterator[tuple[tuple, Any]]:
     """Call a module-level function with each task's arguments, in this or in several processes.
 
+    Args:
+        devices: the device of each process; see `experiments.runs.jobs.worker_devices`. With one, this process works.
+
     Yields (task, result) pairs, as they are done.
+
+    Raises:
+        BrokenProcessPool: one of several processes was killed.
     """
-    if workers == 1:
+    if len(devices) == 1:
         yield from ((task, function(*task)) for task in tasks)
         return
     with _quiet_children():
-        futures = {_executor(workers).submit(function, *task): task for task in tasks}
+        futures = {_executor(devices).submit(function, *task): task for task in tasks}
     try:
         yield from ((futures[future], future.result()) for future in as_completed(futures))
+    except BrokenProcessPool:
+        _executor.cache_clear()  # the next call starts new processes
+        raise
     finally:
         for future in futures:
             future.cancel()
@@ -163,14 +176,18 @@ def _pipeline(model: str, checkpoint: Checkpoint, device: str, compiled: bool, o
 
 
 @functools.cache
-def _executor(workers: int) -> ProcessPoolExecutor:
-    """Start the processes that generate. They outlive a call of `generate`, and wait for the next."""
-    log.info("Starting %d processes that generate side by side; each loads the model first", workers)
+def _executor(devices: tuple[str, ...]) -> ProcessPoolExecutor:
+    """Start a process for each device. The processes outlive a call of `parallel_map`, and wait for the next."""
+    text = "Starting %d processes side by side, on %s; each loads its model first"
+    log.info(text, len(devices), ", ".join(dict.fromkeys(devices)))
     # When interrupted, Python's process that frees their semaphores would print a warning.
     warnings = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    unused = context.SimpleQueue()
+    for device in devices:
+        unused.put(device)
+    return ProcessPoolExecutor(len(devices), mp_context=context, initializer=_begin_process, initargs=(unused,))
 
 
 @contextlib.contextmanager
@@ -183,6 +200,14 @@ def _quiet_children() -> Iterator[None]:
     finally:
         if is_main:
             signal.signal(signal.SIGINT, handler)
+
+
+def _begin_process(unused: Any) -> None:
+    """Bind this process to a device of its own, from a queue: "cuda" means that GPU from now on."""
+    _die_with_parent()
+    device = unused.get()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
 
 
 def _die_with_parent() -> None:

@@ -43,7 +43,7 @@ from experiments.methods.method import Baseline, Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
 from experiments.runs.identity import provenance, request_without_method, short_digest
-from experiments.runs.jobs import count_workers
+from experiments.runs.jobs import worker_devices
 from experiments.runs.workers import load_pipeline_and_method, parallel_map
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.guards import guarded_systems
@@ -432,8 +432,8 @@ def write_table(argv: Sequence[str]) -> str:
     n_searches = sum(len(attack.concepts) * attack.repeats for attack in attacks)
     log.info("%d of %d searches to make", len(todo), n_searches)
     tasks = [(attacks, concept) for concept in dict.fromkeys(todo)]
-    workers = count_workers(cfg, attacks[0].device)
-    for _ in tqdm(parallel_map(run_searches, tasks, workers), "red team", len(tasks), unit="concept", disable=not todo):
+    devices = worker_devices(cfg, attacks[0].device)
+    for _ in tqdm(parallel_map(run_searches, tasks, devices), "red team", len(tasks), unit="concept", disable=not todo):
         pass
     rows, queries, baselines = [], [], {}
     for attack in attacks:  # those without a guard come first

@@ -13,7 +13,7 @@ import pytest
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, main
 from experiments.compose import expand
-from experiments.plan import launch, launched_run, run_names
+from experiments.plan import run_names
 from experiments.runs.store import Run
 from experiments.runs.workers import _generate_each
 
@@ -107,8 +107,8 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
 
 def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overrides, tmp_path, monkeypatch, capsys):
     sent = []
-    monkeypatch.setattr("experiments.generate.launch", lambda _, plan: sent.append(plan))
-    asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77", "launcher=joblib")
+    monkeypatch.setattr("experiments.generate.submit", lambda _, plan: sent.append(plan))
+    asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77", "launcher=slurm")
     assert main(["generate", *asked]) == 0 and [plan.cfg.device for plan in sent] == ["cuda:77"]
     assert not (tmp_path / "outputs" / "runs").exists(), "no folder of a run that this machine would make"
     assert main(["generate", *asked, "prompts.categories=bird"]) == 2 and len(sent) == 1
@@ -123,20 +123,13 @@ def missing(scored_copy):
     return plan.write(), folders
 
 
-def failing(cfg):
-    plan, spec = launched_run(cfg)
-    raise ValueError(f"no {plan.name} of {spec.label}")
-
-
-@pytest.mark.slow
-def test_the_error_of_a_launched_job_is_raised_here(scored_copy, monkeypatch):
-    """Hydra does not print it with its traceback: it becomes one line as any other."""
-    monkeypatch.setattr(sys, "argv", ["generate"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    plan, _, _ = scored_copy
-    plan.launcher = ("hydra/job_logging=none", "hydra/hydra_logging=none")
-    with pytest.raises(ValueError, match="no sweep of sdxl none"):
-        launch(failing, plan)
+def test_jobs_score_the_runs_of_a_plan_if_they_are_complete(scored_sweep, missing, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr("experiments.evaluate.submit", lambda stages, plan: sent.append((stages, plan.launcher.jobs)))
+    jobs = ["launcher=slurm", "launcher.jobs=3"]
+    assert main(["evaluate", f"plan={scored_sweep[0].file}", *jobs]) == 0 and sent == [(["evaluate"], 3)]
+    assert main(["evaluate", f"plan={missing[0]}", *jobs]) == 2 and len(sent) == 1
+    assert "unfinished or gone" in capsys.readouterr().err
 
 
 def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
@@ -152,7 +145,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
             return future
 
     monkeypatch.setattr("experiments.runs.workers._executor", lambda _: Executor())
-    assert set(_generate_each(todo, True, 2)) == set(todo)
+    assert set(_generate_each(todo, True, ("cpu", "cpu"))) == set(todo)
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 

@@ -140,7 +140,7 @@ def test_a_process_is_lost(done, ends, monkeypatch):
 
     monkeypatch.setattr("experiments.runs.workers._executor", functools.cache(lambda _: Pool()))
     monkeypatch.setattr("experiments.runs.workers.as_completed", iter)
-    job = RunJob(None, RunTask("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
+    job = RunJob(None, RunTask("run", *[None] * 6), {}, [], ["a", "b", "c"], devices=("cpu", "cpu"))
     with contextlib.nullcontext() if ends else pytest.raises(RuntimeError, match="workers=1"):
         assert list(generate_groups([job])) == ["run"] * 3
 

@@ -225,6 +225,9 @@ def test_a_plan_is_read_as_it_was_written(experiment, overrides, tmp_path):
         assert repr(sorted(OmegaConf.to_container(mine.cfg).items())) == repr(sorted(settings.items()))
         assert read.runs.index(mine.baseline) == plan.runs.index(theirs.baseline)
         assert mine.baseline.cfg.method.name == "none" and mine.baseline.cfg.model == mine.cfg.model
+    assert Plan.of([f"plan={plan.file}", "launcher=slurm", "launcher.jobs=3"]).launcher.jobs == 3
+    sent = Plan.make([f"experiment={experiment}", *overrides, f"outputs={tmp_path}", "launcher=slurm"])
+    assert sent.launcher.jobs == 8 and Plan.of([f"plan={sent.write()}"]).launcher is None, "jobs submit no others"
     with pytest.raises(ValueError, match=r"beside plan=.*got model=sdxl"):
         Plan.of([f"plan={plan.file}", "model=sdxl"])
 
