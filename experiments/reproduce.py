@@ -1,12 +1,14 @@
 """Run all stages of an experiment: images, scores, table, figures, comparison with the published values.
 
     python -m experiments reproduce experiment=diversity
+    python -m experiments reproduce experiment=diversity model=sdxl --dry-run
     python -m experiments reproduce experiment=sweep launcher=joblib
 
 `make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
 image.
 
+--dry-run prints downloads, disk, memory, time and what is missing; it writes and fetches nothing, and ends with 0.
 An experiment with `quick_every` makes a few of its published groups and compares them one by one; see
 `experiments.quick`. full=true makes all.
 """
@@ -19,7 +21,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import gc
 import importlib
 
-from experiments import check, quick, start_log
+from experiments import check, generate, quick, start_log
 from experiments.plan import Plan
 
 STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
@@ -29,10 +31,14 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     start_log()
     gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
-    plan = Plan.of(argv)
+    overrides, is_dry = generate.split_dry_run(argv)
+    plan = Plan.of(overrides)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
-    if (part := quick.quick_plan(plan)) is not None:
+    part = quick.quick_plan(plan)
+    if is_dry:
+        return generate.main(argv, part or plan)
+    if part is not None:
         return quick.reproduce(argv, part, plan)
     for stage in stages:
         if code := stage.main(argv, plan):
