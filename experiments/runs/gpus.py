@@ -43,6 +43,11 @@ FACTS = yaml.safe_load((PROJECT / "conf" / "gpus.yaml").read_text(encoding="utf-
 DEVICES = tuple(Device(**row) for row in FACTS["devices"])
 
 
+def image_size(model: DictConfig) -> tuple[int, int]:
+    """Return height and width of the images of a call in pixels; 1024 where the pipeline's default is not known."""
+    return int(model.call.get("height") or 1024), int(model.call.get("width") or 1024)
+
+
 def rows_of_image(model: DictConfig) -> int:
     """Return the rows of the denoiser's batch for each image: two with guidance, else one."""
     scale = call_arguments(model).get(GUIDANCE.get(model.architecture, ""))
@@ -57,13 +62,13 @@ def step_times(model: DictConfig, images: int) -> list[StepTime]:
     Args:
         images: in the call.
     """
-    call = call_arguments(model)
+    height, width = image_size(model)
+    rows = rows_of_image(model) * images
     times = []
     for row in FACTS["steps"]:
         if row["architecture"] != model.architecture:
             continue
-        rows, pixels = rows_of_image(model) * images, call["height"] * call["width"]
-        scale = rows * pixels / (row["rows"] * row["side"] ** 2)
+        scale = rows * height * width / (row["rows"] * row["side"] ** 2)
         kind = row["kind"] if scale == 1 else ESTIMATED
         times.append(StepTime(row["device"], row["milliseconds"] * scale, kind))
     return times
@@ -81,9 +86,9 @@ def activations(model: DictConfig, images: int) -> dict[str, float]:
     Args:
         images: in the call.
     """
-    call = call_arguments(model)
-    pixels = images * call["height"] * call["width"] / 2**20
-    peaks = {name: 1e9 * size * pixels for name, size in FACTS["activations"].get(model.architecture, {}).items()}
+    height, width = image_size(model)
+    scale = images * height * width / 2**20
+    peaks = {name: 1e9 * size * scale for name, size in FACTS["activations"].get(model.architecture, {}).items()}
     if model.architecture == "sdxl":  # the table's have guidance
         peaks["unet"] *= rows_of_image(model) / 2
     return peaks

@@ -52,11 +52,11 @@ def count_images(pending: Pending) -> int:
 
 def bytes_of_images(pending: Pending) -> int:
     """Estimate the disk space of the images that are still to be generated."""
-    sides = {spec: [spec.cfg.model.call.get(side) or 1024 for side in ("height", "width")] for spec in pending}
-    return sum(
-        BYTES_PER_PIXEL * sides[spec][0] * sides[spec][1] * sum(group.size for group in groups)
-        for spec, groups in pending.items()
-    )
+    total = 0
+    for spec, groups in pending.items():
+        height, width = gpus.image_size(spec.cfg.model)
+        total += BYTES_PER_PIXEL * height * width * sum(group.size for group in groups)
+    return total
 
 
 def free_space(folder: Path) -> tuple[int, Path]:
@@ -265,9 +265,9 @@ def _memory_lines(cfg: DictConfig, memory: _Memory) -> list[str]:
     total = gigabytes(sum(memory.weights.values()))
     rows = [["weights", total, f"{parts}: {memory.basis}, {cfg.model.dtype}"]]
     if memory.activations:
-        call = checkpoints.call_arguments(cfg.model)
+        height, width = gpus.image_size(cfg.model)
         component, peak = max(memory.activations.items(), key=lambda item: item[1])
-        size = f"{memory.images} images of {call['height']} x {call['width']}"
+        size = f"{memory.images} images of {height} x {width}"
         rows.append(["activations", gigabytes(peak), f"estimated from shapes: {component}, {size}"])
     else:
         rows.append(["activations", "not known", "they come on top"])
