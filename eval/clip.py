@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.encoders import ImageNetwork, quiet_transformers
-from eval.weights import FACTS, WeightsFacts, hub_cache, in_hub_cache, missing_vocabulary
+from eval.weights import FACTS, Download, WeightsFacts, hub_cache, in_hub_cache, missing_vocabulary
 
 TEXTS_PER_BATCH = 256
 # Names of the weights in open_clip's repositories, the preferred one first.
@@ -175,8 +175,11 @@ class OpenClip(Clip):
             return facts, repository, [name]
         return facts, repository, list(HUB_NAMES) if repository else [self._paths[0].name]
 
-    def can_be_fetched(self, facts: WeightsFacts) -> bool:
-        return not self._paths
+    def downloads(self, facts: WeightsFacts) -> list[Download]:
+        if self._paths:
+            return []
+        _, repository, names = self._published()
+        return [Download(repository, tuple(names), one_of=True)]
 
     def _fetch(self, facts: WeightsFacts) -> None:
         _, repository, names = self._published()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from eval.weights import WeightsFacts
+from eval.weights import Download, WeightsFacts
 
 
 class Scorer:
@@ -207,9 +207,13 @@ class Network(Scorer, ABC):
             raise facts.missing("a file is lacking in what was downloaded")
         return facts
 
-    def can_be_fetched(self, facts: WeightsFacts) -> bool:
-        """Return whether missing weights can be downloaded."""
-        return (facts.url or facts.hub) is not None
+    def downloads(self, facts: WeightsFacts) -> list[Download]:
+        """Return what `obtain` downloads if weights are missing; [] if nothing can be downloaded."""
+        if facts.url:
+            return [Download(facts.url)]
+        if facts.hub:
+            return [Download(facts.hub["repo_id"], tuple(facts.hub["allow_patterns"]), facts.hub["revision"])]
+        return []
 
     def _fetch(self, facts: WeightsFacts) -> None:
         facts.fetch()

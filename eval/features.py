@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from eval.encoders import ImageNetwork, checked, quiet_transformers
-from eval.weights import FACTS, WeightsFacts
+from eval.weights import FACTS, Download, WeightsFacts
 
 
 class Standardised(ImageNetwork):
@@ -91,13 +91,18 @@ class DreamSim(ImageNetwork):
     def _folder(self) -> Path:
         return self.path or Path(torch.hub.get_dir()) / "dreamsim"
 
+    def downloads(self, facts: WeightsFacts) -> list[Download]:
+        wanted = facts.source.split(", ")
+        dino = [Download(FACTS[self.ROW]["dino"])] if self.DINO in wanted else []
+        return dino if wanted == [self.DINO] else [*dino, *super().downloads(facts)]
+
     def _fetch(self, facts: WeightsFacts) -> None:
         folder, archive = self._folder, self._folder / "pretrained.zip"
-        wanted = facts.source.split(", ")
-        if self.DINO in wanted:
-            facts.download(FACTS[self.ROW]["dino"], folder / self.DINO)
-        if wanted != [self.DINO]:
-            facts.download(str(facts.url), archive)
+        for download in self.downloads(facts):
+            if download.source != facts.url:
+                facts.download(download.source, folder / self.DINO)
+                continue
+            facts.download(download.source, archive)
             try:
                 shutil.unpack_archive(archive, folder)
             except (OSError, shutil.ReadError) as error:

@@ -5,13 +5,15 @@ A download is tried only if the server answers at once, so that an offline machi
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -19,6 +21,62 @@ import yaml
 from eval.files import cached_hash
 
 FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+class Remote(NamedTuple):
+    """The answer of a server about a download: bytes by file, and whether a licence must be accepted first."""
+
+    sizes: dict[str, int]
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something to download: the file of a URL, or files of a Hugging Face repository.
+
+    Attributes:
+        source: the URL, or OWNER/NAME.
+        patterns: of the repository's files; () for a URL.
+        revision: of the repository; None for the newest.
+        one_of: whether the first pattern that the repository has a file for is enough.
+    """
+
+    source: str
+    patterns: tuple[str, ...] = ()
+    revision: str | None = None
+    one_of: bool = False
+
+    def remote(self, timeout: float = 5.0) -> Remote | None:
+        """Ask the server which files would be downloaded; None if it does not say. Nothing is downloaded.
+
+        Args:
+            timeout: seconds to wait for the server.
+        """
+        from huggingface_hub import constants, get_session, model_info
+
+        if constants.HF_HUB_OFFLINE:
+            return None
+        try:
+            if self.patterns:
+                info = model_info(self.source, revision=self.revision, files_metadata=True, timeout=timeout)
+                sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+                return Remote({name: sizes[name] for name in self.wanted(sizes)}, bool(info.gated))
+            identity = {"Accept-Encoding": "identity"}  # the size of the file, and not of a compressed one
+            answer = get_session().head(self.source, timeout=timeout, follow_redirects=True, headers=identity)
+            return Remote({self.source: int(answer.raise_for_status().headers["Content-Length"])})
+        except Exception:  # the kind of exception depends on the HTTP library of the installed version
+            return None
+
+    def wanted(self, names: Collection[str]) -> list[str]:
+        """Return those of a repository's files that match the patterns."""
+        by_pattern = (fnmatch.filter(names, pattern) for pattern in self.patterns)
+        if self.one_of:
+            return next(filter(None, by_pattern), [])
+        return sorted(set(itertools.chain.from_iterable(by_pattern)))
+
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Return those of the files that are not in the hub's cache."""
+        return [name for name in names if not (self.patterns and in_hub_cache(self.source, [name], self.revision))]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m experiments doctor               a line each: ready or missing, size, licence
     python -m experiments doctor sdxl          everything about one, and how to get it
     python -m experiments doctor --details     everything about all
-    python -m experiments doctor experiment=diversity model=sdxl             what this experiment lacks here
+    python -m experiments doctor experiment=diversity model=sdxl             what this experiment needs and lacks here
     python -m experiments doctor experiment=diversity model=sdxl --fetch     the same, after fetching what it can
 
 Nothing is loaded, and nothing is fetched without --fetch. Exit code 1 if an experiment lacks something.
@@ -30,8 +30,6 @@ from experiments.compose import composed
 from experiments.plan import Plan
 from experiments.runs import preflight
 from experiments.runs.checkpoints import find_checkpoint, licence
-from experiments.runs.faults import listing
-from experiments.runs.metrics import left_out_lines
 
 #: Columns of the table's lines.
 WIDTH = 100
@@ -174,26 +172,22 @@ def details(findings: list[Finding]) -> str:
 
 
 def diagnose(overrides: list[str], fetch: bool = False) -> int:
-    """Print the faults that would stop an experiment on this machine, and return the exit code.
+    """Print what an experiment needs and which faults would stop it on this machine, and return the exit code.
 
     Args:
         overrides: of the experiment.
         fetch: whether to fetch what can be fetched first.
     """
     plan = Plan.of(overrides)
-    faults = preflight.examine(plan, tables=True)[1]
+    jobs, faults = preflight.examine(plan, tables=True)
     if fetch and any(fault.fetch for fault in faults):
         failed = {fault.needed_by: fault for fault in preflight.fetch_all(faults) if fault.fetch}
-        faults = [failed.get(fault.needed_by, fault) for fault in preflight.examine(plan, tables=True)[1]]
-    for line in left_out_lines(spec.cfg for spec in plan.runs):
-        print(line)
-    if not faults:
-        print(f"{len(plan.runs)} runs can be made and scored here.")
-        return 0
-    print(f"{len(faults)} faults would stop python -m experiments reproduce {' '.join(overrides)}:\n{listing(faults)}")
+        jobs, faults = preflight.examine(plan, tables=True)
+        faults = [failed.get(fault.needed_by, fault) for fault in faults]
+    print(*preflight.describe(plan, jobs, faults), sep="\n")
     if not fetch and any(fault.fetch for fault in faults):
         print("--fetch gets what can be fetched.")
-    return 1
+    return int(bool(faults))
 
 
 def main(argv: list[str]) -> int | None:

@@ -1,6 +1,7 @@
 """Stage 1: generate the images of an experiment, a folder for each run.
 
     python -m experiments generate experiment=diversity
+    python -m experiments generate experiment=diversity model=sdxl --dry-run    what it needs; nothing is made
     python -m experiments generate model=mini-sdxl method=negtome method.alpha=0.3,0.9
 
 The baseline of each run is generated too, whether you name it or not.
@@ -39,12 +40,15 @@ from experiments.runs.faults import Fault, listing
 from experiments.runs.jobs import RunJob, prepare_job
 from experiments.runs.locks import has_locks
 from experiments.runs.metrics import left_out_lines
-from experiments.runs.preflight import examine_and_fetch
+from experiments.runs.preflight import describe, examine, examine_and_fetch
 from experiments.runs.slurm import submit
 from experiments.runs.store import Run
 from experiments.runs.workers import generate_groups
 
 log = logging.getLogger(__name__)
+
+#: Prints what a command needs, in its place. Exit code 0, also where something is missing.
+DRY_RUN = "--dry-run"
 
 
 def generate(plan: Plan) -> list[Path]:
@@ -136,6 +140,11 @@ def launch(stages: Sequence[str], plan: Plan, tables: bool = False) -> int:
     return 0
 
 
+def split_dry_run(argv: list[str]) -> tuple[list[str], bool]:
+    """Return a command line without `--dry-run`, and whether it was there."""
+    return [text for text in argv if text != DRY_RUN], DRY_RUN in argv
+
+
 def on_cpu(plan: Plan) -> Plan:
     """Return the plan for the CPU: a launched job may run on a machine with other devices than this one."""
     configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in plan.runs]
@@ -146,7 +155,12 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     """Generate; `experiments.reproduce` passes its plan, and goes on to scores and tables."""
     start_log()
     tables = plan is not None
-    plan = plan or Plan.of(argv)
+    overrides, is_dry = split_dry_run(argv)
+    plan = plan or Plan.of(overrides)
+    if is_dry:
+        examined = examine(on_cpu(plan), tables, disk=False) if plan.launcher else examine(plan, tables)
+        print(*describe(plan, *examined), sep="\n")
+        return 0
     for line in left_out_lines(spec.cfg for spec in plan.runs):
         log.warning("%s", line)
     if plan.launcher:

@@ -1,15 +1,17 @@
 """Run all stages of an experiment: images, scores, table, figures, comparison with the published values.
 
     python -m experiments reproduce experiment=diversity
+    python -m experiments reproduce experiment=diversity model=sdxl --dry-run
     python -m experiments reproduce experiment=sweep model=sdxl launcher=slurm
 
-The second submits Slurm jobs for the images and scores, and returns. When the jobs are done, the same command without
+The third submits Slurm jobs for the images and scores, and returns. When the jobs are done, the same command without
 launcher does the rest.
 
 `make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
 image.
 
+--dry-run prints downloads, disk, memory, time and what is missing; it writes and fetches nothing, and ends with 0.
 An experiment with `quick_every` makes a few of its published groups and compares them one by one; see
 `experiments.quick`. full=true makes all.
 """
@@ -32,10 +34,13 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     start_log()
     gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
-    plan = Plan.of(argv)
+    overrides, is_dry = generate.split_dry_run(argv)
+    plan = Plan.of(overrides)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
     part = quick.quick_plan(plan)
+    if is_dry:
+        return generate.main(argv, part or plan)
     if plan.launcher:
         return generate.launch(["generate", "evaluate"], part or plan, tables=True)
     if part is not None:

@@ -10,7 +10,7 @@ the times are predictions, not measurements. `<results>/roofline/table.csv` and 
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,24 +20,10 @@ from eval.files import write_text
 from experiments.latency.cases import Case, composed, configured_cases
 from experiments.latency.operations import GATHERS, PROJECTIONS, Operation, Push, record_step
 from experiments.latency.random_weights import build_pipeline
+from experiments.runs.gpus import DEVICES, Device
 from experiments.tables.columns import csv_text, markdown, printed, read_csv
 from experiments.tables.paths import result_file
 
-
-class Device(NamedTuple):
-    """The peak of a GPU's dense matrix products of 16-bit factors, added up in 32 bits, and of its memory."""
-
-    name: str
-    teraflops: float  # a second; the same for float16 and bfloat16
-    terabytes: float  # a second
-    source: str
-
-
-DEVICES = (
-    Device("H100 SXM", 989.4, 3.35, "NVIDIA, H100 data sheet; half of the number with sparsity"),
-    Device("A100 SXM 80GB", 312.0, 2.039, "NVIDIA, A100 80GB data sheet"),
-    Device("RTX 4090", 165.2, 1.008, "NVIDIA, Ada GPU architecture whitepaper, FP16 with FP32 accumulation"),
-)
 #: Images in a call. A single one is pushed from a reference image, several from the first.
 IMAGES = (1, 4)
 #: How many hook points in a row use the match of the first; see `experiments.methods.approximate_match`.

@@ -5,9 +5,11 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json, settled_status
-from eval.weights import missing_vocabulary, network_answers
+from eval.weights import Download, missing_vocabulary, network_answers
 from experiments import PROJECT, project_path
 from negtome.model_files import LORA
 
@@ -137,6 +139,41 @@ def _local(source: str) -> Path | None:
 def is_repository(model: DictConfig) -> bool:
     """Return whether a model's source is a repository of the hub and not a folder."""
     return _local(model.source) is None
+
+
+@dataclass(frozen=True)
+class CheckpointDownload(Download):
+    """The files of a pipeline on the hub; components that lack the variant are downloaded without it."""
+
+    variant: str | None = None
+
+    def wanted(self, names: Collection[str]) -> list[str]:
+        chosen = super().wanted(names)
+        if self.variant is None:
+            return chosen
+        with_weights = {name.partition("/")[0] for name in chosen if name.endswith(".safetensors")}
+        others = [name for name in names if name.partition("/")[0] not in with_weights]
+        return sorted({*chosen, *Download(self.source, tuple(_patterns(None))).wanted(others)})
+
+
+def download_of(model: DictConfig) -> CheckpointDownload | None:
+    """Return what `find_checkpoint` downloads if no file is on this machine; None for a folder."""
+    if not is_repository(model):
+        return None
+    return CheckpointDownload(model.source, tuple(_patterns(model.variant)), model.revision, variant=model.variant)
+
+
+def count_parameters(folder: Path, variant: str | None = None) -> dict[str, int]:
+    """Count the parameters of each component with weights, by the headers of a checkpoint's files."""
+    from safetensors import safe_open
+
+    counts: dict[str, int] = {}
+    for name, (_, weights) in _components(folder, variant).items():
+        for file in weights:
+            with safe_open(folder / name / file, "pt") as tensors:
+                shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+            counts[name] = counts.get(name, 0) + sum(map(math.prod, shapes))
+    return counts
 
 
 def canonical_source(source: str) -> str:
@@ -392,18 +429,19 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
         return folder
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"model={model.name}: {model.source} is gated and not in the hub's cache: {_accept_licence(model)}, then "
-            "run the same command again"
+            f"model={model.name}: {model.source} is gated and not in the hub's cache: {how_to_accept(model.source)}, "
+            "then run the same command again"
         ) from error
     except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
         problem = f"{problem} and could not be downloaded ({error}); the same command goes on where it stopped"
         raise FileNotFoundError(_advice(model, problem)) from error
 
 
-def _accept_licence(model: DictConfig) -> str:
+def how_to_accept(repository: str) -> str:
+    """Return what to do before a gated repository can be downloaded."""
     from huggingface_hub import constants
 
-    return f"accept its licence at {constants.ENDPOINT}/{model.source} and run `hf auth login`"
+    return f"accept its licence at {constants.ENDPOINT}/{repository} and run `hf auth login`"
 
 
 def _patterns(variant: str | None) -> list[str]:
@@ -422,7 +460,7 @@ def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
         f"model={model.name}: {problem}.",
         *(f"  missing: {name}" for name in files),
         f"To get them, on a machine with a network: hf download {repository} {patterns}"
-        f"{f' (a gated repository: first {_accept_licence(model)})' if gated else ''}",
+        f"{f' (a gated repository: first {how_to_accept(repository)})' if gated else ''}",
         "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder",
         "The embedded models need no download: model=mini-sdxl or model=mini-flux.",
     ]

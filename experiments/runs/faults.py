@@ -5,10 +5,11 @@ the part that is missing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eval.encoders import Network, Scorer
+from eval.weights import Download
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Fault:
         elsewhere: the override that names another place of a missing file.
         without: the overrides by which an experiment goes on without the part.
         fetch: downloads the part, or raises FileNotFoundError; None if nothing can be downloaded.
+        downloads: what `fetch` downloads.
     """
 
     problem: str
@@ -30,6 +32,7 @@ class Fault:
     elsewhere: str = ""
     without: str = ""
     fetch: Callable[[], Any] | None = field(default=None, compare=False)
+    downloads: tuple[Download, ...] = field(default=(), compare=False)
 
     def lines(self) -> list[str]:
         notes = {"needed by": ", ".join(self.needed_by), "elsewhere": self.elsewhere, "without it": self.without}
@@ -62,9 +65,10 @@ def of_weights(scorer: Scorer, elsewhere: str = "") -> list[Fault]:
         except ValueError as error:
             faults.append(Fault(str(error), elsewhere=elsewhere))
             continue
-        can_be_fetched = isinstance(part, Network) and part.can_be_fetched(facts)
-        fetch = part.obtain if can_be_fetched else None
-        faults.append(Fault(str(facts.missing()), facts.encoder, elsewhere=elsewhere, fetch=fetch))
+        fault = Fault(str(facts.missing()), facts.encoder, elsewhere=elsewhere)
+        if isinstance(part, Network) and (downloads := part.downloads(facts)):
+            fault = replace(fault, fetch=part.obtain, downloads=tuple(downloads))
+        faults.append(fault)
     return faults
 
 

@@ -1,10 +1,7 @@
 """Faults that would stop an experiment after hours, found before its first image: weights, settings, prompts, disk."""
 
-import contextlib
 import functools
 import logging
-import shutil
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +18,13 @@ from experiments.methods.guarded import LAYERS, Guarded, OutputCheck
 from experiments.methods.method import Method
 from experiments.plan import Plan, RunSpec
 from experiments.prompts import Group
-from experiments.runs import checkpoints, metrics
-from experiments.runs.checkpoints import find_checkpoint, is_repository
-from experiments.runs.faults import Fault, of_method, of_weights
+from experiments.runs import checkpoints, metrics, outlook
+from experiments.runs.checkpoints import find_checkpoint
+from experiments.runs.faults import Fault, listing, of_method, of_weights
 from experiments.runs.identity import request
 from experiments.runs.jobs import RunJob, prepare_job
 
 log = logging.getLogger(__name__)
-
-#: Bytes of a pixel of a PNG of a photograph, rounded up.
-BYTES_PER_PIXEL = 2
 
 
 def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[RunJob], list[Fault]]:
@@ -44,7 +38,6 @@ def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[R
     """
     jobs: list[RunJob] = []
     faults: list[Fault] = []
-    n_images: Counter[tuple[int, int]] = Counter()
     configs = [spec.cfg for spec in plan.runs]
     for cfg in configs:
         select_device(cfg.device)  # everything else depends on it
@@ -54,12 +47,8 @@ def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[R
         faults += faults_of_run
         if job is not None:
             jobs.append(job)
-        with contextlib.suppress(ValueError):  # invalid prompts are among the faults
-            groups = build(spec.cfg.prompts).groups() if job is None else job.missing
-            size = tuple(spec.cfg.model.call.get(side) or 1024 for side in ("height", "width"))
-            n_images[size] += sum(group.size for group in groups)
     if disk:
-        faults += of_disk(n_images, project_path(configs[0].outputs))
+        faults += of_disk(outlook.pending_groups(plan, jobs), project_path(configs[0].outputs))
     distinct = {fault.problem: fault for fault in faults}
     return jobs, [*distinct.values(), *faults_of_scoring]
 
@@ -71,8 +60,11 @@ def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[RunJob | Non
     try:
         checkpoint = find_checkpoint(cfg.model, fetch=False)
     except FileNotFoundError as error:
-        fetch = functools.partial(find_checkpoint, cfg.model) if is_repository(cfg.model) else None
-        faults.append(Fault(str(error), f"model={cfg.model.name}", without=_others(cfg, configs, "model"), fetch=fetch))
+        fault = Fault(str(error), f"model={cfg.model.name}", without=_others(cfg, configs, "model"))
+        if (download := checkpoints.download_of(cfg.model)) is not None:
+            fetch = functools.partial(find_checkpoint, cfg.model)
+            fault = replace(fault, fetch=fetch, downloads=(download,))
+        faults.append(fault)
     except ValueError as error:
         return None, [Fault(str(error))]
     try:
@@ -123,13 +115,30 @@ def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:
 
 
 def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[RunJob], list[Fault]]:
-    """Call `examine`; if missing files are the only faults, fetch them and examine again."""
+    """Call `examine` and log what is to be made; if missing files are the only faults, fetch them and examine again."""
     jobs, faults = examine(plan, tables, disk)
-    if not faults or not all(fault.fetch for fault in faults):
+    if not all(fault.fetch for fault in faults):
+        return jobs, faults
+    for line in outlook.summary(plan, outlook.pending_groups(plan, jobs)):
+        log.info("%s", line)
+    if not faults:
         return jobs, faults
     if failed := fetch_all(faults):
         return jobs, failed
     return examine(plan, tables, disk)
+
+
+def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault]) -> list[str]:
+    """Return what an experiment needs, and the faults that `examine` found, as lines to print."""
+    lines = metrics.left_out_lines(spec.cfg for spec in plan.runs)
+    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults)
+    if not faults:
+        return [*lines, f"{len(plan.runs)} runs can be made and scored here."]
+    if all(fault.fetch for fault in faults):
+        lines.append(f"Missing, and downloaded before the first image if the network answers: {len(faults)}")
+    else:
+        lines.append(f"Faults that would stop it: {len(faults)}")
+    return [*lines, listing(faults)]
 
 
 def fetch_all(faults: list[Fault]) -> list[Fault]:
@@ -229,23 +238,21 @@ def _of_tables(configs: Iterable[DictConfig]) -> list[Fault]:
     return list(faults.values())
 
 
-def of_disk(n_images: dict[tuple[int, int], int], folder: Path) -> list[Fault]:
-    """Return a fault if the images do not fit onto the disk.
+def of_disk(pending: outlook.Pending, folder: Path) -> list[Fault]:
+    """Return a fault if the images that are still to be generated do not fit onto the disk.
 
     Args:
-        n_images: number of images by height and width in pixels.
         folder: where they go; it need not exist.
     """
-    needed = sum(BYTES_PER_PIXEL * height * width * number for (height, width), number in n_images.items())
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    needed = outlook.bytes_of_images(pending)
+    free, existing = outlook.free_space(folder)
     if needed <= free:
         return []
     return [
         Fault(
-            f"{sum(n_images.values())} images need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
-            f"at {existing}: make room, or give outputs=FOLDER on another disk, or make fewer images, as by "
-            "prompts.seeds=[0]"
+            f"{outlook.count_images(pending)} images need about {outlook.gigabytes(needed)}, and "
+            f"{outlook.gigabytes(free)} are free at {existing}: make room, or give outputs=FOLDER on another disk, or "
+            "make fewer images, as by prompts.seeds=[0]"
         )
     ]
 

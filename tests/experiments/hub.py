@@ -1,5 +1,6 @@
 """A stand-in for the Hugging Face hub on the loopback interface."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,11 +40,13 @@ class Repository:
         folder: its files.
         gated: the status of a refused download, 401 or 403; 0 if everybody may download.
         cuts: the number of downloads that break off half way, by the file's path.
+        pauses: the seconds that each of the next downloads of a file stands still half way, by the file's path.
     """
 
     folder: Path
     gated: int = 0
     cuts: dict[str, int] = field(default_factory=dict)
+    pauses: dict[str, list[float]] = field(default_factory=dict)
 
     def files(self) -> dict[str, Path]:
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -101,15 +104,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
+        with_sizes = "blobs=" in urlsplit(self.path).query
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|tree)/(\w+))?", path):
-            self._describe(*match.groups())
+            self._describe(*match.groups(), with_sizes)
         elif match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/(\w+)/(.+)", path):
             self._resolve(*match.groups())
         elif match := re.fullmatch(r"/cdn/([\w.-]+/[\w.-]+)/(.+)", path):
             repository = self.server.repositories[match[1]]
-            self._send_file(repository.files()[match[2]], cuts=repository.cuts, name=match[2])
+            self._send_file(repository.files()[match[2]], {}, repository, match[2])
         elif path.startswith("/files/") and path.removeprefix("/files/") in self.server.files:
-            self._send_file(self.server.files[path.removeprefix("/files/")])
+            self._send_file(self.server.files[path.removeprefix("/files/")], {})
         else:
             self._send(404, b"")
 
@@ -125,14 +129,15 @@ class _Handler(BaseHTTPRequestHandler):
             return repository
         return None
 
-    def _describe(self, name: str, what: str | None, revision: str | None) -> None:
+    def _describe(self, name: str, what: str | None, revision: str | None, with_sizes: bool) -> None:
         if (repository := self._repository(name, revision)) is None:
             return
         files = repository.files()
         if what == "tree":
             document = [_entry(name, path) for name, path in files.items()]
         else:
-            siblings = [{"rfilename": name} for name in files]
+            sizes = {name: {"size": path.stat().st_size} if with_sizes else {} for name, path in files.items()}
+            siblings = [{"rfilename": name, **size} for name, size in sizes.items()]
             gated = "auto" if repository.gated else False
             document = {"_id": "0", "id": name, "modelId": name, "sha": repository.commit, "private": False,
                         "gated": gated, "tags": ["diffusers"], "siblings": siblings}  # fmt: skip
@@ -153,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             # To another host than the hub's own.
             self._send(302, b"", headers | {"Location": f"http://localhost:{port}/cdn/{name}/{file}"})
         else:
-            self._send_file(path, headers | {"ETag": f'"{_digest(path, "sha1")}"'}, repository.cuts, file)
+            self._send_file(path, headers | {"ETag": f'"{_digest(path, "sha1")}"'}, repository, file)
 
     def _refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         self._send(status, message.encode(), {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
@@ -169,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(
         self,
         path: Path,
-        headers: dict[str, str] | None = None,
-        cuts: dict[str, int] | None = None,
+        headers: dict[str, str],
+        repository: Repository | None = None,
         name: str = "",
     ) -> None:
         size = path.stat().st_size
@@ -179,18 +184,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if span else 200)
         if span:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        for key, value in {"Accept-Ranges": "bytes", **(headers or {}), "Content-Length": str(size - start)}.items():
+        for key, value in {"Accept-Ranges": "bytes", **headers, "Content-Length": str(size - start)}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "GET":
             return
         with path.open("rb") as file:
             file.seek(start)
-            if cuts and cuts.get(name, 0) > 0:
-                cuts[name] -= 1
+            if repository is not None and repository.cuts.get(name, 0) > 0:
+                repository.cuts[name] -= 1
                 self.wfile.write(file.read((size - start) // 2))
                 self.close_connection = True
-            else:
+                return
+            if repository is not None and repository.pauses.get(name):
+                self.wfile.write(file.read((size - start) // 2))
+                self.wfile.flush()
+                threading.Event().wait(repository.pauses[name].pop())  # tests replace time.sleep
+            with contextlib.suppress(ConnectionError):  # who waits no longer
                 shutil.copyfileobj(file, self.wfile)
 
 
@@ -213,7 +223,7 @@ def _entry(name: str, path: Path) -> dict:
     return entry
 
 
-def environment(hub: Hub, home: Path) -> dict[str, str]:
+def environment(hub: Hub, home: Path, checkout: Path = PROJECT) -> dict[str, str]:
     """Return the variables of a process whose caches are empty folders in `home` and for which `hub` is the network.
 
     Nothing but the loopback can be reached. The table of weights points at `hub.files`, and takes any file for the
@@ -230,5 +240,5 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return inherited | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "huggingface"), "TORCH_HOME": str(home / "torch"),
         "STAND_IN_FILES": f"{hub.url}/files/", "http_proxy": NOWHERE, "https_proxy": NOWHERE,
-        "no_proxy": "127.0.0.1,localhost", "PYTHONPATH": f"{site}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1",
+        "no_proxy": "127.0.0.1,localhost", "PYTHONPATH": f"{site}{os.pathsep}{checkout}", "OMP_NUM_THREADS": "1",
     }  # fmt: skip

@@ -19,14 +19,14 @@ from checkpoints import (
     save_sscd,
     save_torchvision,
 )
-from hub import Hub, Repository, environment
+from hub import NOWHERE, Hub, Repository, environment
 from PIL import Image
 
-from eval.weights import FACTS
+from eval.weights import FACTS, Download
 from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.compose import expand
-from experiments.runs import checkpoints
+from experiments.runs import checkpoints, outlook
 from negtome.__main__ import main as negtome
 
 SDXL, FLUX = "SG161222/RealVisXL_V4.0", "black-forest-labs/FLUX.1-dev"
@@ -37,6 +37,7 @@ SMALL = (
 )  # fmt: skip
 SHORT = {"sdxl": ("model.call.num_inference_steps=4", "model.call.negative_prompt=blurry"),
          "flux-dev": ("model.call.num_inference_steps=2",)}  # fmt: skip
+METHODS = "method=none,negtome,negtome_released"
 #: Metrics that so few images or categories have no value of.
 UNFIT = tuple(f"~metric.{name}" for name in (
     "attribute_entropy", "gender_entropy", "race_entropy", "age_entropy", "inception_score"))  # fmt: skip
@@ -136,6 +137,62 @@ def test_a_download_that_breaks_off_is_one_error_and_the_next_call_goes_on(onlin
     assert f"{SDXL}/{file}" in weights and not weights - {f"{SDXL}/{file}"} & before
 
 
+@pytest.mark.parametrize(("pause", "timeout"), [(0.3, 600), (600, 1)])
+def test_a_slow_download_arrives_and_one_that_stands_still_goes_on_where_it_stopped(
+    pause, timeout, online, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", timeout)
+    file = "unet/diffusion_pytorch_model.fp16.safetensors"
+    repository = online.repositories[SDXL]
+    repository.pauses[file] = [pause]
+    folder = checkpoints.find_checkpoint(configured("sdxl")).folder
+    assert (folder / file).read_bytes() == (repository.folder / file).read_bytes()
+    assert not repository.pauses[file], "it stood still"
+    assert (online.downloads().count(f"{SDXL}/{file}") > 1) == (pause > timeout)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux-dev"])
+def test_a_dry_run_states_the_bytes_that_are_fetched_afterwards_and_fetches_none(name, online, tmp_path, capsys):
+    config, repository = configured(name), online.repositories[SDXL if name == "sdxl" else FLUX]
+    if name == "sdxl":  # a component without the variant, and a file that is here already
+        (repository.folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    repository.gated = 403
+    outputs = tmp_path / "outputs"
+    arguments = ["experiment=diversity", f"model={name}", "method=none", "metric=none", f"outputs={outputs}"]
+    assert main(["generate", *arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "as the server says" in out and f" {online.url}/{config.source} " in out
+    assert not online.downloads() and not outputs.exists() and not (tmp_path / "cache").exists()
+    download = checkpoints.download_of(config)
+    remote = download.remote()
+    assert remote.gated and download.absent(remote.sizes) == list(remote.sizes)
+    repository.gated = 0
+    folder = checkpoints.find_checkpoint(config).folder
+    fetched = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert remote.sizes == fetched and outlook.gigabytes(sum(fetched.values())) in out
+    assert not download.absent(remote.sizes)
+    (folder / "model_index.json").unlink()
+    assert download.absent(remote.sizes) == ["model_index.json"]
+
+
+def test_sizes_of_other_servers_are_asked_for_and_a_server_that_does_not_answer_has_none(online, tmp_path):
+    file = tmp_path / "network.pth"
+    file.write_bytes(bytes(12345))
+    online.files["example.org/network.pth"] = file
+    url = f"{online.url}/files/example.org/network.pth"
+    assert Download(url).remote().sizes == {url: 12345}
+    assert Download(f"{url}.zip").remote() is None
+    assert Download(f"{NOWHERE}/network.pth").remote() is None
+    assert Download("nobody/nothing", ("*.json",)).remote() is None
+    assert {method for method, path in online.requests if path.startswith("/files")} == {"HEAD"}
+
+
+def test_of_files_of_which_one_is_enough_the_first_is_counted(online):
+    patterns = ("unet/absent.bin", "unet/config.json", "vae/config.json")
+    for one_of, names in ((True, ["unet/config.json"]), (False, ["unet/config.json", "vae/config.json"])):
+        assert list(Download(SDXL, patterns, one_of=one_of).remote().sizes) == names
+
+
 @pytest.mark.parametrize("file", ["vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"])
 def test_a_file_that_the_repository_lacks_is_named(file, online):
     for name in {file, file.replace(".fp16", "")}:
@@ -203,14 +260,40 @@ def scoring(hub, networks):
     return hub
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What `git clone` gives a stranger: this checkout, in which changes that are not committed yet are a commit."""
+    folder = tmp_path_factory.mktemp("clone") / "negtome"
+
+    def git(place, *arguments):
+        words = ["git", "-C", str(place), "-c", "user.name=n", "-c", "user.email=e@example.com", *arguments]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    if not (PROJECT / ".git").exists():
+        pytest.skip("an unpacked archive, which cannot be cloned")
+    git(PROJECT, "clone", "--quiet", "--shared", str(PROJECT), str(folder))
+    changed = git(PROJECT, "diff", "HEAD", "--name-only", "-z").split("\0")
+    changed += git(PROJECT, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    for name in filter(None, changed):
+        (folder / name).unlink(missing_ok=True)
+        if (PROJECT / name).is_file() and not (PROJECT / name).is_symlink():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, folder / name)
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", "changes")
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
-def command(scoring, tmp_path):
-    """Call a command of the benchmark on a machine that has nothing yet but Python's packages."""
+def command(scoring, clone, tmp_path):
+    """Call a command of the benchmark on a machine that has nothing yet but a clone and Python's packages."""
     home = tmp_path / "home"
 
     def call(name, *arguments):
         words = [sys.executable, "-m", "experiments", name, *arguments]
-        return subprocess.run(words, cwd=PROJECT, env=environment(scoring, home), capture_output=True, text=True)
+        variables = environment(scoring, home, clone)
+        return subprocess.run(words, cwd=clone, env=variables, capture_output=True, text=True)
 
     yield call
     shutil.rmtree(home, ignore_errors=True)  # 300 MB
@@ -224,13 +307,18 @@ def scored(table):
 
 
 @pytest.mark.slow
-def test_sdxl_goes_from_nothing_to_a_table_and_a_page(command, scoring, tmp_path):
+def test_sdxl_goes_from_a_clone_to_a_table_a_page_and_results_to_send(command, scoring, tmp_path):
     outputs = tmp_path / "outputs"
-    arguments = ["experiment=diversity", "model=sdxl", *SMALL, *SHORT["sdxl"], *UNFIT, "~metric.clip_score_l14",
-                 f"outputs={outputs}"]  # fmt: skip
+    arguments = ["experiment=diversity", "model=sdxl", METHODS, *SMALL, *SHORT["sdxl"], *UNFIT,
+                 "~metric.clip_score_l14", f"outputs={outputs}"]  # fmt: skip
+    done = command("reproduce", *arguments, "--dry-run")
+    assert done.returncode == 0 and "12 images to generate" in done.stdout, done.stderr
+    assert "not known" not in done.stdout and not scoring.downloads()
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("served-")} == {"home"}
+    assert not list((tmp_path / "home").glob("*/hub*"))
     done = command("reproduce", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "nan" not in done.stdout
+    assert "12 images in 6 groups" in done.stderr and "Traceback" not in done.stderr and "nan" not in done.stdout
     assert scoring.url not in done.stderr, "the log has every request"
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "%|" not in line]
     assert len(set(lines)) == len(lines), [line for line, number in Counter(lines).items() if number > 1]
@@ -251,22 +339,40 @@ def test_sdxl_goes_from_nothing_to_a_table_and_a_page(command, scoring, tmp_path
     assert not scoring.requests
     assert ({path: path.stat().st_mtime_ns for path in pngs(outputs / "runs")}, table.read_bytes()) == before
 
-    page = tmp_path / "page"
+    write_report(command, table, outputs, tmp_path / "page")
+    assert not scoring.requests
+
+    sent = tmp_path / "sent"
+    done = command("submit", "experiment=diversity", f"outputs={outputs}", "--to", str(sent))
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(map(str, sent.glob("*.json")))
+    assert len(files) == 3
+    done = command("verify", *files)
+    assert done.returncode == 0 and "3 of 3 results are accepted" in done.stdout, done.stdout
+    Path(files[0]).write_text(Path(files[0]).read_text().replace("16", "17", 1))
+    done = command("verify", files[0])
+    assert done.returncode == 1 and "0 of 1 results are accepted" in done.stdout
+
+
+def write_report(command, table, outputs, page):
+    """Write the page of a table, and check that it shows images."""
     done = command("report", "--results", str(table.parent), "--outputs", str(outputs), "--into", str(page))
     assert done.returncode == 0, done.stderr
-    assert "<img" in (page / "index.html").read_text() and not scoring.requests
+    assert "<img" in (page / "index.html").read_text()
 
 
 @pytest.mark.slow
-def test_flux_goes_from_nothing_to_a_table(command, scoring, tmp_path):
+def test_flux_goes_from_a_clone_to_a_table_and_a_page(command, scoring, tmp_path):
     outputs = tmp_path / "outputs"
-    arguments = ["experiment=diversity", "model=flux-dev", *SMALL, *SHORT["flux-dev"], "metric=core"]
+    arguments = ["experiment=diversity", "model=flux-dev", METHODS, *SMALL, *SHORT["flux-dev"], "metric=core"]
     done = command("reproduce", *arguments, f"outputs={outputs}")
     assert done.returncode == 0, done.stderr
     assert len(pngs(outputs / "runs")) == 12
-    assert len(scored(outputs / "results" / "diversity" / "table.csv")) >= 3 * 4
+    table = outputs / "results" / "diversity" / "table.csv"
+    assert len(scored(table)) >= 3 * 4
     downloads = scoring.downloads()
     assert len(set(downloads)) == len(downloads)
+    write_report(command, table, outputs, tmp_path / "page")
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_attention_and_rms_norm_are_one_operation_each():
 
 
 def test_an_operation_takes_as_long_as_the_slower_of_arithmetic_and_memory():
-    device = roofline.Device("", teraflops=2.0, terabytes=0.5, source="")
+    device = roofline.Device("", "", memory=1.0, teraflops=2.0, terabytes=0.5, source="")
     operations = [Operation("a", 8 * 10**9, 10**9), Operation("b", 10**9, 4 * 10**9)]
     assert least_ms(operations, device) == pytest.approx(4 + 8)
     assert least_ms([], device) == 0
