@@ -77,7 +77,8 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
 
     Args:
         guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: as in
-            `ClassifierFreeGuidance`. `enabled=False` turns off the guidance and not the push, which `alpha=0` does.
+            `ClassifierFreeGuidance`. A scale of 1 (0 with the original formulation) turns off the guidance and not the
+            push, which `alpha=0` does. `enabled=False` does so too, but not on SDXL, where diffusers turns it on again.
         alpha, threshold, timestep_range, step_range, matching, reference, sites, cross_attention, min_side: as in
             `negtome.NegToMeConfig`. None: the number published for the denoiser's architecture, or the default. A
             guider cannot see the order of the scheduler, so a step_range counts every timestep as a step, also
@@ -148,7 +149,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         Raises:
             TypeError: the pipeline has no guider, or one with another formula than classifier-free guidance; or
                 `negtome.attach` does not support it, or its denoiser is not loaded yet.
-            ValueError: the pipeline has a second denoiser.
+            ValueError: the pipeline has a second denoiser, or is of SDXL while `enabled` is False.
         """
         guider = getattr(pipe, "guider", None)
         if guider is None or type(guider) not in (ClassifierFreeGuidance, cls):
@@ -157,10 +158,18 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
                 f"NegToMeGuidance can replace a ClassifierFreeGuidance only, but this {type(pipe).__name__} has "
                 f"{kind}; use negtome.attach(pipe), which leaves it as it is."
             )
-        check_single_denoiser(pipe, find_architecture(pipe))
+        architecture = find_architecture(pipe)
+        check_single_denoiser(pipe, architecture)
         guidance = {name: guider.config[name] for name in _API["__init__"]}
         guidance["enabled"] = guider._enabled  # `guider.disable()` does not change the config
-        replacement: NegToMeGuidance = cls(**{**guidance, **settings})
+        guidance |= settings
+        if not guidance["enabled"] and architecture.denoiser_class == "UNet2DConditionModel":
+            # Its denoising block calls `guider.enable()`, after other blocks prepared a call without guidance.
+            raise ValueError(
+                "NegToMeGuidance cannot take enabled=False on SDXL, where diffusers turns the guidance on again in "
+                "every call; use enabled=True, guidance_scale=1."
+            )
+        replacement: NegToMeGuidance = cls(**guidance)
         return replacement
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:

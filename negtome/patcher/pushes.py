@@ -315,6 +315,7 @@ class ReferencePush(_Push):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self._seed))
         latents, noise = latents.to(x), noise.to(x)  # the noise is drawn on the CPU: the same on every device
         references = model.model_sampling.noise_scaling(sigma[:1], noise, latents, False)
+        self.report.noise_calls += torch.equal(references, noise)  # a flow's at sigma 1
         count, size = len(latents), batch.images + batch.added
         chunks = torch.arange(batch.chunks * size).view(batch.chunks, size)
         order = torch.cat([chunks, chunks[:, :1].expand(-1, count)], dim=1).flatten()  # image 1 lends its conditioning

@@ -15,6 +15,7 @@ class Report:
     Attributes:
         calls: model calls of the pass.
         active_calls: those in which tokens were compared.
+        noise_calls: those of them whose reference images were pure noise.
         compared: tokens compared, over all hook points, model calls, conditions and images.
         skipped: reasons why a call or an attention took no part, with their numbers.
     """
@@ -24,7 +25,7 @@ class Report:
 
     def start(self) -> None:
         """Forget the pass before."""
-        self.calls = self.active_calls = self.compared = 0
+        self.calls = self.active_calls = self.noise_calls = self.compared = 0
         self.skipped: Counter[str] = Counter()
         self._moved: dict[tuple[Any, ...], torch.Tensor] = {}
 
@@ -46,7 +47,12 @@ class Report:
 
     @property
     def problem(self) -> str | None:
-        """Why no token moved, and what to do; None if some did, or if no pass has run."""
+        """Why the pass had no effect, or not the desired one, and what to do; None if it had, or if none has run."""
+        if self.moved and self.noise_calls == self.active_calls:
+            return (
+                "the reference image was pure noise, as it is in the first step of the Flux family. Choose the custom "
+                "settings with first_steps of 2."
+            )
         if self.calls == 0 or self.moved:
             return None
         if self.skipped and not self._moved:
@@ -70,9 +76,9 @@ class Report:
             f"NegToMe: {self.hook_points} hook points fired in {self.active_calls} of {self.calls} model calls; "
             f"{moved:,} of {self.compared:,} tokens moved ({share:.1f} %)."
         )
-        return line if self.problem is None else f"{line}\nNo effect: {self.problem}"
+        return line if self.problem is None else f"{line}\nProblem: {self.problem}"
 
     def log(self) -> None:
-        """Write the report to the log, as a warning if no token moved."""
+        """Write the report to the log, as a warning if there is a problem."""
         level = logging.INFO if self.problem is None else logging.WARNING
         logging.getLogger(__name__).log(level, self.text())

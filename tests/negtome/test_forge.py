@@ -162,7 +162,7 @@ def test_the_default_inputs_push_the_batch_apart_in_the_published_timesteps(scri
     assert all(torch.equal(after, before) for before, after in steps[1:])  # sigma 10 is below timestep 800
     forge.finish()
     (comment,) = forge.comments
-    assert comment.startswith("NegToMe: 1 hook points fired in 1 of 4 model calls;") and "No effect" not in comment
+    assert comment.startswith("NegToMe: 1 hook points fired in 1 of 4 model calls;") and "Problem" not in comment
     assert forge.p.extra_generation_params["NegToMe alpha"] == 0.9
     assert "patches" not in forge.original.model_options["transformer_options"]
 
@@ -210,7 +210,7 @@ def test_an_extension_that_copies_the_unet_afterwards_keeps_the_push(script):
     (before, after), *_ = forge.sample()
     assert not torch.equal(after, before)
     forge.finish()
-    assert "No effect" not in forge.comments[0]
+    assert "Problem" not in forge.comments[0]
 
 
 def test_a_hires_pass_of_another_size_has_its_own_report(script):

@@ -436,6 +436,20 @@ def test_a_guider_keeps_guidance_switched_off(build):
     assert NegToMeGuidance.for_pipeline(pair.pipe, enabled=True).num_conditions == 2
 
 
+def test_on_sdxl_a_scale_of_1_turns_the_guidance_off_and_enabled_false_is_refused(build):
+    pair = build("SDXL")
+    pair.pipe.guider.disable()
+    with pytest.raises(ValueError, match="guidance_scale=1"):
+        NegToMeGuidance.for_pipeline(pair.pipe)
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS, enabled=True))
+    guided = pair()
+    pair.pipe.update_components(guider=pair.pipe.guider.new(guidance_scale=1.0))
+    unguided, summary = pair(), pair.pipe.guider.summary()
+    assert not torch.equal(unguided, guided) and summary["tokens_pushed"] > 0
+    pair.pipe.update_components(guider=pair.pipe.guider.new(guidance_scale=1.0, alpha=0))
+    torch.testing.assert_close(pair(negative_prompt="a cat"), pair())
+
+
 @pytest.mark.slow
 def test_a_guider_refuses_prompts_of_several_lengths_with_advice_that_holds(build):
     pair = build("LTX")

@@ -338,6 +338,24 @@ def test_a_reference_follows_each_size_and_adds_no_rows_out_of_range():
         assert executor.seen["x"] is x
 
 
+def test_a_reference_that_is_pure_noise_is_reported(caplog):
+    seen = []
+    for sigmas, image in (([1.0], 0), ([1.0], 1), ([1.0, 0.75], 0)):
+        push = reference("flux", torch.full((1, 256, 256, 3), float(image)))
+        executor = Executor("flux", push)
+        executor.class_obj.model_sampling.noise_scaling = lambda sigma, noise, latent, _: noise.lerp(latent, 1 - sigma)
+
+        def run(noise, push=push, executor=executor, sigmas=sigmas):
+            for sigma in sigmas:
+                call(push, executor, noise, [0], sigma=sigma)
+                seen.append(executor.after["double"][:2])
+
+        push.sample(run, randn(2, 4, 32, 32, seed=3))
+    assert torch.equal(seen[0], seen[1])  # whatever the image is
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "pure noise" in caplog.messages[0] and push.report.moved > 0
+
+
 @pytest.mark.parametrize(
     ("sigmas", "schedule", "active"),
     [
