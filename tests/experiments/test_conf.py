@@ -191,16 +191,16 @@ def test_the_command_line_overrides_the_experiments_sweep():
 def test_the_baseline_is_there_once_whatever_is_swept(methods):
     """Settings of a method mean nothing to it; those of the model and the prompts do."""
     swept = [f"method={methods}", "method.alpha=0.3,0.9", "model.call.guidance_scale=2,5"]
-    found = [
+    runs = [
         (cfg.method.name, cfg.method.get("alpha"), cfg.model.call.guidance_scale)
         for cfg in expand(swept, baselines=True)
     ]
-    assert [one for one in found if one[0] == "none"] == [("none", None, 2), ("none", None, 5)]
-    assert [one for one in found if one[0] != "none"] == [
+    assert [run for run in runs if run[0] == "none"] == [("none", None, 2), ("none", None, 5)]
+    assert [run for run in runs if run[0] != "none"] == [
         ("negtome", alpha, scale) for alpha in (0.3, 0.9) for scale in (2, 5)
     ]
     for scale in (2, 5):
-        of_scale = [one[0] for one in found if one[2] == scale]
+        of_scale = [run[0] for run in runs if run[2] == scale]
         assert of_scale == ["none", "negtome", "negtome"]
     assert len(expand(swept)) == (4 if methods == "negtome" else 6), "and where it is not asked for, it is added"
     one = expand([f"method={methods}", "method.alpha=0.3"], baselines=True)
@@ -498,40 +498,86 @@ def test_own_errors_are_not_buried_in_hydras():
         build(composed("method=none", "+method.bta=1").method)
 
 
-ALONE = [
-    ["experiment=sweep", "model=mini-sdxl", "method=negtome", "method.alpha=0.9", "method.threshold=0.5",
-     "method.timestep_range=[900,1000]", "model.groups_per_category=3", "prompts.categories=[a,b]",
-     "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
-    pytest.param(["experiment=copyright", "model=mini-flux", "method=negtome_reference", "hydra.job.name=mine"],
-                 marks=pytest.mark.slow),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("overrides", ALONE)
-def test_a_run_is_what_hydra_itself_composes(overrides):
-    _, ours = expand(overrides, baselines=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        theirs = compose("config", overrides)
-    for resolve in (False, True):  # as texts, which tell 1 from 1.0 and know the order
+def assert_equal(ours, theirs):
+    """Compare configurations as texts, which tell 1 from 1.0 and know the order."""
+    for resolve in (False, True):
         one, other = (repr(OmegaConf.to_container(cfg, resolve=resolve)) for cfg in (ours, theirs))
         assert one == other
     assert OmegaConf.is_struct(ours) and OmegaConf.is_struct(ours.method)
+
+
+def check_equals_hydra(overrides):
+    """Compare a run with what Hydra composes from all overrides at once."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        theirs = compose("config", overrides)
+    assert_equal(first(overrides), theirs)
+
+
+def test_a_run_is_what_hydra_itself_composes():
+    check_equals_hydra(
+        ["experiment=sweep", "model=mini-sdxl", "method=negtome_stronger", "method.alpha=0.9", "method.threshold=0.5",
+         "method.timestep_range=[900,1000]", "model.groups_per_category=3", "prompts.categories=[a,b]",
+         "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel", "hydra.job.name=mine"]
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS["method"])
+@pytest.mark.parametrize("model", ["mini-flux", "sdxl"])
+def test_every_method_is_composed_as_hydra_itself_composes_it(model, option):
+    changes = [text.replace("all_method.", "method.") for text in WEIGHTS["method"] if option in text]
+    check_equals_hydra(["experiment=copyright", f"model={model}", f"method={option}", *changes])
+
+
+#: A small folder like conf/, in which files of other groups have settings of methods, and methods have other settings.
+INTERWOVEN = {
+    "config": "defaults: [_self_, model: big, method: none, guard: soft, experiment: null]\nmethod: ???\nname: adhoc\n"
+    + "".join(f"{key}: null\n" for key in ("further_sweeps", "hyperparameter", "chosen", "policy", "references")),
+    "model/big": "name: big\nsize: 3",
+    "model/pushy": "# @package _global_\nmodel: {name: pushy, size: 3}\nmethod: {alpha: 3}",
+    "guard/soft": "name: soft",
+    "guard/hard": "name: hard",
+    "guard/of_method": "defaults: [/part@steps: '${method}']\nname: of_method",
+    "part/negtome": "size: 1",
+    "part/other": "size: 2",
+    "experiment/weak": "# @package _global_\nmethod: {alpha: 0.25}",
+    "experiment/chosen": "# @package _global_\ndefaults: [override /method: parts]",
+    "method/none": "name: none",
+    "method/negtome": "name: negtome\nalpha: 0.5\nsize: ${model.size}",
+    "method/mine": "defaults: [negtome]\nname: mine\nalpha: 1",
+    "method/parts": "defaults: [/part@inner: other, negtome@outer]\nname: parts",
+    "method/wide": "# @package _global_\nmethod: {name: wide}\nname: wide",
+    "method/strict": "defaults: [override /guard: hard]\nname: strict",
+    "method/by_guard": "defaults: [/guard@inner: '${guard}']\nname: by_guard",
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [*([key.replace("/", "=")] for key in INTERWOVEN if key.startswith("method/")),
+     ["method=negtome", "model=pushy"], ["method=negtome", "guard=of_method"], ["method=mine", "guard=of_method"],
+     ["method=mine", "experiment=weak"], ["method=mine", "experiment=chosen"], ["experiment=chosen"],
+     ["method=mine", "+method.note=1"], ["method=parts", "part@method.inner=negtome"]],
+)  # fmt: skip
+def test_methods_are_composed_apart_only_where_that_changes_nothing(overrides, tmp_path, monkeypatch):
+    for path, text in INTERWOVEN.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{path}.yaml").write_text(text)
+    monkeypatch.setattr("experiments.compose.CONF", tmp_path)
+    overrides = [*overrides, "model.size=4", f"hydra.job.name={tmp_path.name}"]  # the name keeps it out of caches
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        try:
+            theirs = compose("config", overrides)
+        except HydraException:
+            theirs = None
+    if theirs is None:
+        with pytest.raises((ValueError, HydraException)):
+            first(overrides)
+    else:
+        assert_equal(first(overrides), theirs)
 
 
 def test_runs_of_a_sweep_share_nothing_that_can_be_changed():
     weak, strong = expand(["method=negtome", "method.alpha=0.3,0.9"])
     weak.model.call.guidance_scale = 77
     assert (weak.method.alpha, strong.method.alpha) == (0.3, 0.9) and strong.model.call.guidance_scale != 77
-
-
-def test_methods_and_experiments_of_another_folder_are_composed_too(tmp_path):
-    files = {
-        "experiment/weak": "# @package _global_\nmethod: {alpha: 0.25}\n",
-        "method/mine": "defaults: [negtome]\nname: mine\nalpha: 0.5\n",
-    }
-    for path, text in files.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{path}.yaml").write_text(text)
-    folder = f"hydra.searchpath=[file://{tmp_path}]"
-    assert expand(["experiment=weak", "method=negtome", folder])[0].method.alpha == 0.25
-    assert expand(["method=mine", folder])[0].method.alpha == 0.5
