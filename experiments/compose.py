@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from experiments import PROJECT, project_path
@@ -275,30 +275,38 @@ def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
         settings_of_hydra = tuple(text for text in others if parsed(text).is_hydra_override())
         method = _compose_method(of_method[0].value(), settings_of_hydra)
         cfg = _compose_without_method(others)
-    if method is None or cfg is None:
-        return copy.deepcopy(_compose_all(overrides))
+    if method is None or cfg is None or not OmegaConf.is_missing(cfg, "method"):
+        method, cfg = None, _compose_all(overrides)
     cfg = copy.deepcopy(cfg)
-    cfg.method = method
+    with open_dict(cfg):
+        del cfg.hydra
+    if method is not None:
+        cfg.method = method
     return cfg
+
+
+def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose an experiment with Hydra's settings, of the sweep and the launcher; nobody may change the result."""
+    cfg = _compose_without_method(overrides)
+    return _compose_all(overrides) if cfg is None else cfg
 
 
 @functools.lru_cache(maxsize=256)
 def _compose_all(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose in one go; nobody may change the result."""
-    return _composed(overrides)
+    """Compose in one go, with Hydra's settings; nobody may change the result."""
+    return _composed(overrides, return_hydra_config=True)
 
 
 @functools.lru_cache(maxsize=256)
 def _compose_without_method(overrides: tuple[str, ...]) -> DictConfig | None:
-    """Compose the files of a run but for its method's; None if others of them have settings of methods, too.
+    """Compose all files but the method's, with Hydra's settings; None if this fails. Nobody may change the result.
 
-    Nobody may change the result.
+    The method is missing in the result unless one of these files has settings of methods.
     """
     try:
-        cfg = compose("config", [*overrides, "~method"])
+        return compose("config", [*overrides, "~method"], return_hydra_config=True)
     except HydraException:  # a defaults list that refers to the method; or a mistake, which is explained elsewhere
         return None
-    return cfg if OmegaConf.is_missing(cfg, "method") else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -311,12 +319,6 @@ def _compose_method(name: str, settings_of_hydra: tuple[str, ...]) -> DictConfig
     except HydraException:  # a defaults list that refers to other files; or a mistake, which is explained elsewhere
         return None
     return cfg.method if list(cfg) == ["method"] else None
-
-
-@functools.lru_cache(maxsize=256)
-def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose an experiment with Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
-    return _composed(overrides, return_hydra_config=True)
 
 
 def _names_method(override: Override) -> bool:
