@@ -53,6 +53,8 @@ REPRESENTATIVE = {
     },
     "guard": {"keyword", "nearest"},
 }  # fmt: skip
+#: Suites of metrics that the tests of models and experiments build.
+SUITES_OF_OTHERS = {"copyright", "copyright_tune", "diversity", "fair", "full", "safety", "stereotypes"}
 #: Launchers that are packages of their own.
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -124,7 +126,10 @@ def test_every_set_of_prompts_is_built(option):
     )
 
 
-@pytest.mark.parametrize("option", OPTIONS["metric"])
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SUITES_OF_OTHERS)) for name in OPTIONS["metric"]],
+)
 def test_every_suite_of_metrics_is_built(option):
     metrics = OmegaConf.to_container(composed(f"metric={option}").metric, resolve=True, throw_on_missing=True)
     assert metrics or option == "none"
@@ -463,11 +468,10 @@ def test_the_threshold_is_calibrated_on_prompts_that_are_not_reported():
     "model", ["sdxl", *(pytest.param(f"flux-{x}", marks=pytest.mark.slow) for x in ("dev", "schnell"))]
 )
 def test_the_real_models_ask_for_the_users_pictures(model):
-    methods = side_by_side("method", f"model={model}")
     for method in ASSET_METHODS:
         with pytest.raises(FileNotFoundError, match=r"model\.copyright\.guidance=FOLDER"):
-            build(methods[method])
-    assert isinstance(build(methods["none"]), Baseline)
+            build(first([f"model={model}", f"method={method}"]).method)
+    assert isinstance(build(first([f"model={model}", "method=none"]).method), Baseline)
 
 
 def test_a_negative_ip_adapter_asks_for_weights():
@@ -479,13 +483,13 @@ def test_a_negative_ip_adapter_asks_for_weights():
 
 def test_the_methods_with_assets_differ_in_what_they_say():
     fixed = "model.copyright.thresholds.prompt=0.5"  # nothing to calibrate
-    method = {name: build(side_by_side("method", "model=mini-flux", fixed)[name]) for name in ASSET_METHODS}
+    method = {name: build(first(["model=mini-flux", f"method={name}", fixed]).method) for name in ASSET_METHODS}
     paper, released = method["negtome_reference"], method["negtome_reference_released"]
     assert isinstance(paper, NegToMeFromAssets) and isinstance(method["negative_prompt"], NegativePrompt)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
     assert changed == {"matching", "noise", "posterior", "images"}
     assert method["negative_prompt"].true_cfg_scale == 2.0, "or Flux would not heed it"
-    assert build(side_by_side("method")["negative_prompt"]).true_cfg_scale is None
+    assert build(first(["method=negative_prompt"]).method).true_cfg_scale is None
     both = method["negtome_and_negative_prompt"]
     assert isinstance(both, Combined)
     assert [part.settings() for part in both.methods] == [method["negative_prompt"].settings(), paper.settings()]
@@ -525,7 +529,7 @@ def test_a_run_is_what_hydra_itself_composes():
 @pytest.mark.parametrize("option", OPTIONS["method"])
 @pytest.mark.parametrize("model", ["mini-flux", "sdxl"])
 def test_every_method_is_composed_as_hydra_itself_composes_it(model, option):
-    changes = [text.replace("all_method.", "method.") for text in WEIGHTS["method"] if option in text]
+    changes = [text.replace(f"all_method.{option}", "method") for text in WEIGHTS["method"] if option in text]
     check_equals_hydra(["experiment=copyright", f"model={model}", f"method={option}", *changes])
 
 
