@@ -13,8 +13,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import ConfigCompositionException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from experiments import PROJECT, project_path
@@ -172,7 +172,7 @@ def _compose_run(job: Sequence[str]) -> DictConfig:
     Runs that name the same files share one composition, into which each puts its own values.
     """
     values = [text for text in job if _is_value(parsed(text))]
-    cfg = copy.deepcopy(_compose_files(tuple(text for text in job if text not in values)))
+    cfg = _compose_files(tuple(text for text in job if text not in values))
     for override in map(parsed, values):
         try:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
@@ -235,16 +235,68 @@ def _chosen_value(cfg: DictConfig, setting: str) -> Any:
         ) from None
 
 
-@functools.lru_cache(maxsize=256)
 def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose the files that overrides name; nobody may change the result."""
-    return _composed(overrides)
+    """Compose the files that overrides name.
+
+    Runs of several methods share one composition of all other files, which takes much longer than a method's own files.
+    """
+    others = tuple(text for text in overrides if "method" not in _roots(text))
+    of_method = [parsed(text) for text in overrides if text not in others]
+    cfg = method = None
+    if len(of_method) == 1 and _names_method(of_method[0]):
+        settings_of_hydra = tuple(text for text in others if parsed(text).is_hydra_override())
+        method = _compose_method(of_method[0].value(), settings_of_hydra)
+        cfg = _compose_without_method(others)
+    if method is None or cfg is None or not OmegaConf.is_missing(cfg, "method"):
+        method, cfg = None, _compose_all(overrides)
+    cfg = copy.deepcopy(cfg)
+    with open_dict(cfg):
+        del cfg.hydra
+    if method is not None:
+        cfg.method = method
+    return cfg
+
+
+def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose an experiment with Hydra's settings, of the sweep and the launcher; nobody may change the result."""
+    cfg = _compose_without_method(overrides)
+    return _compose_all(overrides) if cfg is None else cfg
 
 
 @functools.lru_cache(maxsize=256)
-def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose an experiment with Hydra's own settings, such as its sweep; nobody may change the result."""
+def _compose_all(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose in one go, with Hydra's settings; nobody may change the result."""
     return _composed(overrides, return_hydra_config=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _compose_without_method(overrides: tuple[str, ...]) -> DictConfig | None:
+    """Compose all files but the method's, with Hydra's settings; None if this fails. Nobody may change the result.
+
+    The method is missing in the result unless one of these files has settings of methods.
+    """
+    try:
+        return compose("config", [*overrides, "~method"], return_hydra_config=True)
+    except HydraException:  # a defaults list that refers to the method; or a mistake, which is explained elsewhere
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _compose_method(name: str, settings_of_hydra: tuple[str, ...]) -> DictConfig | None:
+    """Compose a method's files alone; None if they have other settings, too. Nobody may change the result."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*missing `_self_`")  # it is of no consequence here
+            cfg = compose(f"method/{name}", list(settings_of_hydra))
+    except HydraException:  # a defaults list that refers to other files; or a mistake, which is explained elsewhere
+        return None
+    return cfg.method if list(cfg) == ["method"] else None
+
+
+def _names_method(override: Override) -> bool:
+    """Tell whether an override is method=NAME."""
+    is_choice = override.type is OverrideType.CHANGE and override.package is None
+    return is_choice and override.key_or_group == "method" and isinstance(override.value(), str)
 
 
 def _is_value(override: Override) -> bool:

@@ -68,10 +68,10 @@ def published_runs(plan: Plan, results: str = PUBLISHED) -> dict[str, str]:
         except (FileNotFoundError, ValueError):
             return {}
         versions = {get_object(metric._target_).version for metric in (spec.cfg.metric or {}).values()}
-        found = {ids.get(code_digest(spec.settings, weights, version)) for version in versions}
-        if len(found) != 1 or None in found:
+        runs_of_spec = {ids.get(code_digest(spec.settings, weights, version)) for version in versions}
+        if len(runs_of_spec) != 1 or None in runs_of_spec:
             return {}
-        runs[spec.settings] = found.pop()
+        runs[spec.settings] = runs_of_spec.pop()
     return runs
 
 
@@ -115,12 +115,12 @@ def compare(quick: Plan, plan: Plan, results: str = PUBLISHED) -> Iterator[Compa
         FileNotFoundError: a run was not generated or not scored.
     """
     published = published_runs(plan, results)
-    groups = dict(iter(groups_of_metrics(plan, results).groupby("run_id")))  # searched for every metric of a run
+    groups = dict(iter(groups_of_metrics(plan, results).groupby(["run_id", "metric"])))
     settings = {mine.settings: spec.settings for mine, spec in zip(quick.specs, plan.specs, strict=True)}
     for score in read_scores(quick):
         if has_value(score.document) and score.document["aggregate"] != SUBSETS:
-            run_id = published[settings[score.spec.settings]]
-            theirs = values_of_run(groups[run_id], run_id, score.metric) if run_id in groups else []
+            key = published[settings[score.spec.settings]], score.metric
+            theirs = values_of_run(groups[key], *key) if key in groups else []
             mine = values_of(score.document["groups"], score.document["aggregate"])
             deviations = deviations_of(
                 {value["group"]: value["value"] for value in mine},

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from plans import plan_from, plan_of
 
-from experiments.compose import composed
+from experiments.compose import first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 
@@ -14,7 +14,7 @@ from experiments.generate import generate
 @pytest.fixture(scope="session")
 def with_model():
     """Compose the diversity experiment with a model, once for all tests: `with_model("sdxl")`. Not to be changed."""
-    return functools.cache(lambda name: composed(["experiment=diversity", f"model={name}", "method=none"]))
+    return functools.cache(lambda name: first(["experiment=diversity", f"model={name}", "method=none"]))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -454,14 +453,12 @@ def test_real_runs_by_the_command_line(scored_copy, tmp_path, monkeypatch):
     tabulate.write_table(plan)
     places = [f"outputs={outputs}", f"results={tmp_path / 'results'}", "--to", str(tmp_path / "sent")]
     export = ["--every-eval-ever", str(tmp_path / "export")]
-    command = [sys.executable, "-m", "experiments", "submit", "experiment=sweep", *places, *export]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr + done.stdout
+    monkeypatch.setattr(verify, "PROJECT", PROJECT)
+    assert main(["submit", "experiment=sweep", *places, *export]) == 0
     files = sorted((tmp_path / "sent").glob("*.json"))
     assert [file.name for file in files] == sorted(f"sweep-{folder.name}.json" for folder in folders)
     assert len(list((tmp_path / "export" / "data" / "negtome-sweep").rglob("*.json"))) == 2
     submission = read(tmp_path / "sent" / f"sweep-{folders[1].name}.json")
     (score,) = [s for s in submission["scores"] if s["document"]["metric"] == PairwiseDistance.name]
     assert score["role"] == "diversity" and score["statistics"]["ci_low"] is None  # two categories are too few
-    monkeypatch.setattr(verify, "PROJECT", PROJECT)
     assert main(["verify", *map(str, files)]) == 0

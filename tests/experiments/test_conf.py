@@ -53,6 +53,8 @@ REPRESENTATIVE = {
     },
     "guard": {"keyword", "nearest"},
 }  # fmt: skip
+#: Suites of metrics that the tests of models and experiments build.
+SUITES_OF_OTHERS = {"copyright", "copyright_tune", "diversity", "fair", "full", "safety", "stereotypes"}
 
 
 @functools.cache
@@ -119,7 +121,10 @@ def test_every_set_of_prompts_is_built(option):
     )
 
 
-@pytest.mark.parametrize("option", OPTIONS["metric"])
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SUITES_OF_OTHERS)) for name in OPTIONS["metric"]],
+)
 def test_every_suite_of_metrics_is_built(option):
     metrics = OmegaConf.to_container(composed(f"metric={option}").metric, resolve=True, throw_on_missing=True)
     assert metrics or option == "none"
@@ -186,16 +191,16 @@ def test_the_command_line_overrides_the_experiments_sweep():
 def test_the_baseline_is_there_once_whatever_is_swept(methods):
     """Settings of a method mean nothing to it; those of the model and the prompts do."""
     swept = [f"method={methods}", "method.alpha=0.3,0.9", "model.call.guidance_scale=2,5"]
-    found = [
+    runs = [
         (cfg.method.name, cfg.method.get("alpha"), cfg.model.call.guidance_scale)
         for cfg in expand(swept, baselines=True)
     ]
-    assert [one for one in found if one[0] == "none"] == [("none", None, 2), ("none", None, 5)]
-    assert [one for one in found if one[0] != "none"] == [
+    assert [run for run in runs if run[0] == "none"] == [("none", None, 2), ("none", None, 5)]
+    assert [run for run in runs if run[0] != "none"] == [
         ("negtome", alpha, scale) for alpha in (0.3, 0.9) for scale in (2, 5)
     ]
     for scale in (2, 5):
-        of_scale = [one[0] for one in found if one[2] == scale]
+        of_scale = [run[0] for run in runs if run[2] == scale]
         assert of_scale == ["none", "negtome", "negtome"]
     assert len(expand(swept)) == (4 if methods == "negtome" else 6), "and where it is not asked for, it is added"
     one = expand([f"method={methods}", "method.alpha=0.3"], baselines=True)
@@ -458,11 +463,10 @@ def test_the_threshold_is_calibrated_on_prompts_that_are_not_reported():
     "model", ["sdxl", *(pytest.param(f"flux-{x}", marks=pytest.mark.slow) for x in ("dev", "schnell"))]
 )
 def test_the_real_models_ask_for_the_users_pictures(model):
-    methods = side_by_side("method", f"model={model}")
     for method in ASSET_METHODS:
         with pytest.raises(FileNotFoundError, match=r"model\.copyright\.guidance=FOLDER"):
-            build(methods[method])
-    assert isinstance(build(methods["none"]), Baseline)
+            build(first([f"model={model}", f"method={method}"]).method)
+    assert isinstance(build(first([f"model={model}", "method=none"]).method), Baseline)
 
 
 def test_a_negative_ip_adapter_asks_for_weights():
@@ -474,13 +478,13 @@ def test_a_negative_ip_adapter_asks_for_weights():
 
 def test_the_methods_with_assets_differ_in_what_they_say():
     fixed = "model.copyright.thresholds.prompt=0.5"  # nothing to calibrate
-    method = {name: build(side_by_side("method", "model=mini-flux", fixed)[name]) for name in ASSET_METHODS}
+    method = {name: build(first(["model=mini-flux", f"method={name}", fixed]).method) for name in ASSET_METHODS}
     paper, released = method["negtome_reference"], method["negtome_reference_released"]
     assert isinstance(paper, NegToMeFromAssets) and isinstance(method["negative_prompt"], NegativePrompt)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
     assert changed == {"matching", "noise", "posterior", "images"}
     assert method["negative_prompt"].true_cfg_scale == 2.0, "or Flux would not heed it"
-    assert build(side_by_side("method")["negative_prompt"]).true_cfg_scale is None
+    assert build(first(["method=negative_prompt"]).method).true_cfg_scale is None
     both = method["negtome_and_negative_prompt"]
     assert isinstance(both, Combined)
     assert [part.settings() for part in both.methods] == [method["negative_prompt"].settings(), paper.settings()]
@@ -493,40 +497,86 @@ def test_own_errors_are_not_buried_in_hydras():
         build(composed("method=none", "+method.bta=1").method)
 
 
-ALONE = [
-    ["experiment=sweep", "model=mini-sdxl", "method=negtome", "method.alpha=0.9", "method.threshold=0.5",
-     "method.timestep_range=[900,1000]", "model.groups_per_category=3", "prompts.categories=[a,b]",
-     "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
-    pytest.param(["experiment=copyright", "model=mini-flux", "method=negtome_reference", "hydra.job.name=mine"],
-                 marks=pytest.mark.slow),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("overrides", ALONE)
-def test_a_run_is_what_hydra_itself_composes(overrides):
-    _, ours = expand(overrides, baselines=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        theirs = compose("config", overrides)
-    for resolve in (False, True):  # as texts, which tell 1 from 1.0 and know the order
+def assert_equal(ours, theirs):
+    """Compare configurations as texts, which tell 1 from 1.0 and know the order."""
+    for resolve in (False, True):
         one, other = (repr(OmegaConf.to_container(cfg, resolve=resolve)) for cfg in (ours, theirs))
         assert one == other
     assert OmegaConf.is_struct(ours) and OmegaConf.is_struct(ours.method)
+
+
+def check_equals_hydra(overrides):
+    """Compare a run with what Hydra composes from all overrides at once."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        theirs = compose("config", overrides)
+    assert_equal(first(overrides), theirs)
+
+
+def test_a_run_is_what_hydra_itself_composes():
+    check_equals_hydra(
+        ["experiment=sweep", "model=mini-sdxl", "method=negtome_stronger", "method.alpha=0.9", "method.threshold=0.5",
+         "method.timestep_range=[900,1000]", "model.groups_per_category=3", "prompts.categories=[a,b]",
+         "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel", "hydra.job.name=mine"]
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS["method"])
+@pytest.mark.parametrize("model", ["mini-flux", "sdxl"])
+def test_every_method_is_composed_as_hydra_itself_composes_it(model, option):
+    changes = [text.replace(f"all_method.{option}", "method") for text in WEIGHTS["method"] if option in text]
+    check_equals_hydra(["experiment=copyright", f"model={model}", f"method={option}", *changes])
+
+
+#: A small folder like conf/, in which files of other groups have settings of methods, and methods have other settings.
+INTERWOVEN = {
+    "config": "defaults: [_self_, model: big, method: none, guard: soft, experiment: null]\nmethod: ???\nname: adhoc\n"
+    + "".join(f"{key}: null\n" for key in ("further_sweeps", "hyperparameter", "chosen", "policy", "references")),
+    "model/big": "name: big\nsize: 3",
+    "model/pushy": "# @package _global_\nmodel: {name: pushy, size: 3}\nmethod: {alpha: 3}",
+    "guard/soft": "name: soft",
+    "guard/hard": "name: hard",
+    "guard/of_method": "defaults: [/part@steps: '${method}']\nname: of_method",
+    "part/negtome": "size: 1",
+    "part/other": "size: 2",
+    "experiment/weak": "# @package _global_\nmethod: {alpha: 0.25}",
+    "experiment/chosen": "# @package _global_\ndefaults: [override /method: parts]",
+    "method/none": "name: none",
+    "method/negtome": "name: negtome\nalpha: 0.5\nsize: ${model.size}",
+    "method/mine": "defaults: [negtome]\nname: mine\nalpha: 1",
+    "method/parts": "defaults: [/part@inner: other, negtome@outer]\nname: parts",
+    "method/wide": "# @package _global_\nmethod: {name: wide}\nname: wide",
+    "method/strict": "defaults: [override /guard: hard]\nname: strict",
+    "method/by_guard": "defaults: [/guard@inner: '${guard}']\nname: by_guard",
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [*([key.replace("/", "=")] for key in INTERWOVEN if key.startswith("method/")),
+     ["method=negtome", "model=pushy"], ["method=negtome", "guard=of_method"], ["method=mine", "guard=of_method"],
+     ["method=mine", "experiment=weak"], ["method=mine", "experiment=chosen"], ["experiment=chosen"],
+     ["method=mine", "+method.note=1"], ["method=parts", "part@method.inner=negtome"]],
+)  # fmt: skip
+def test_methods_are_composed_apart_only_where_that_changes_nothing(overrides, tmp_path, monkeypatch):
+    for path, text in INTERWOVEN.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{path}.yaml").write_text(text)
+    monkeypatch.setattr("experiments.compose.CONF", tmp_path)
+    overrides = [*overrides, "model.size=4", f"hydra.job.name={tmp_path.name}"]  # the name keeps it out of caches
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        try:
+            theirs = compose("config", overrides)
+        except HydraException:
+            theirs = None
+    if theirs is None:
+        with pytest.raises((ValueError, HydraException)):
+            first(overrides)
+    else:
+        assert_equal(first(overrides), theirs)
 
 
 def test_runs_of_a_sweep_share_nothing_that_can_be_changed():
     weak, strong = expand(["method=negtome", "method.alpha=0.3,0.9"])
     weak.model.call.guidance_scale = 77
     assert (weak.method.alpha, strong.method.alpha) == (0.3, 0.9) and strong.model.call.guidance_scale != 77
-
-
-def test_methods_and_experiments_of_another_folder_are_composed_too(tmp_path):
-    files = {
-        "experiment/weak": "# @package _global_\nmethod: {alpha: 0.25}\n",
-        "method/mine": "defaults: [negtome]\nname: mine\nalpha: 0.5\n",
-    }
-    for path, text in files.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{path}.yaml").write_text(text)
-    folder = f"hydra.searchpath=[file://{tmp_path}]"
-    assert expand(["experiment=weak", "method=negtome", folder])[0].method.alpha == 0.25
-    assert expand(["method=mine", folder])[0].method.alpha == 0.5

@@ -84,13 +84,13 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
 
 
 def test_the_blocks_of_an_ablation_are_the_models_own():
-    found = {
+    sites = {
         (cfg.model.name, cfg.method.metadata.blocks): build(cfg.method).config.sites
         for cfg in expand(["experiment=ablate_blocks", "model=mini-sdxl,flux-dev", "method=negtome"])
     }
-    assert found["mini-sdxl", "early"] == ("up_blocks.0",) and found["mini-sdxl", "release"] is None
-    assert found["mini-sdxl", "all"] == ("down_blocks", "mid_block", "up_blocks")
-    assert found["flux-dev", "early"] == ("transformer_blocks",) and found["flux-dev", "all"] is None
+    assert sites["mini-sdxl", "early"] == ("up_blocks.0",) and sites["mini-sdxl", "release"] is None
+    assert sites["mini-sdxl", "all"] == ("down_blocks", "mid_block", "up_blocks")
+    assert sites["flux-dev", "early"] == ("transformer_blocks",) and sites["flux-dev", "all"] is None
 
 
 def test_a_grid_gives_heat_maps_and_a_front(done):
@@ -118,7 +118,7 @@ def test_experiments_share_what_they_have_in_common(experiments, done, monkeypat
 
 
 def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
-    class Made:
+    class ShownRun:
         def __init__(self, run, method, guidance=5):
             self.id = run
             model = {"name": "m", "call": {"guidance_scale": guidance}}
@@ -132,11 +132,11 @@ def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
         for metric, role, x in (("d", "diversity", place), ("q", "quality", -place))
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns.COLUMNS)
-    runs = [Made(f"r{number}", "negtome" if number else "none") for number in range(20)]
+    runs = [ShownRun(f"r{number}", "negtome" if number else "none") for number in range(20)]
     shown = [run.id for run in select_runs(runs, frame)]
     assert shown[0] == "r0" and "r3" in shown and "r19" in shown and len(shown) <= 6
     assert list(select_runs(runs[:4], frame)) == runs[:4]
-    scales = [Made(f"{method}{scale}", method, scale) for scale in range(2, 9) for method in ("none", "negtome")]
+    scales = [ShownRun(f"{method}{scale}", method, scale) for scale in range(2, 9) for method in ("none", "negtome")]
     rows = [
         {"model": "m", "run_id": run.id, "method": run.id[:-1], "guidance_scale": int(run.id[-1])} for run in scales
     ]
@@ -252,8 +252,8 @@ def test_a_run_is_paired_with_one_of_its_own_machine_and_with_one_alone(done, mo
     identity = Run.identity.fget
 
     def elsewhere(run):
-        found = identity(run)
-        return found if found["request"]["method"]["name"] == "none" else found | {"machine": {"device": "another"}}
+        same = identity(run)
+        return same if same["request"]["method"]["name"] == "none" else same | {"machine": {"device": "another"}}
 
     monkeypatch.setattr(Run, "identity", property(elsewhere))
     with pytest.raises(ValueError, match=r"of the same machine, got .*another.* generate both on one machine"):
