@@ -78,7 +78,7 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     The former name of hyperparameter=, knob=, is replaced with a warning.
 
     Raises:
-        ValueError: an argument begins with a dash.
+        ValueError: an argument begins with a dash, or chooses one of Hydra's own launchers.
     """
     overrides = [text for text in arguments if text not in ("-m", "--multirun")]
     for position, text in enumerate(overrides):
@@ -87,6 +87,11 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
             bare = text.lstrip("-")
             meant = bare if "=" in bare or "=" in following or not following else f"{bare}={following}"
             raise ValueError(f"expected settings such as model=sdxl, got {text}: use {meant}, without dashes")
+        if text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher.")):
+            raise ValueError(
+                f"expected a launcher of conf/launcher, got {text}: processes divide the runs without one (workers=N), "
+                "and launcher=slurm submits jobs"
+            )
         if text.startswith("knob="):
             warnings.warn("knob= is called hyperparameter= now", DeprecationWarning, stacklevel=2)
             overrides[position] = text.replace("knob", "hyperparameter", 1)

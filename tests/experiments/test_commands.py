@@ -56,6 +56,7 @@ def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
         (["generate", "experiment=diversty"], ["did you mean diversity?"]),
         (["generate", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
         (["generate", "--model", "sdxl"], ["use model=sdxl, without dashes"]),
+        (["generate", "-m", "hydra/launcher=joblib"], ["hydra/launcher=joblib", "launcher=slurm"]),
         (["doctor", "--experiment=diversity", "--fetch"], ["use experiment=diversity, without dashes"]),
         (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
         (["tabulate", "method.alpha=0.3"], ["method.alpha: expected a key"]),
