@@ -90,7 +90,7 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, overrides, 
     job = prepare_job(plan.runs[0], checkpoints.find_checkpoint(cfg.model))
 
     def groups():
-        return list((tmp_path / "outputs").rglob("[0-9]*/group.json"))
+        return list((tmp_path / "outputs").glob("runs/*/images/*/[0-9]*/group.json"))
 
     # It cannot be done before it is killed, however fast it is: some of its groups are claimed here meanwhile.
     with contextlib.ExitStack() as last, contextlib.ExitStack() as later:
