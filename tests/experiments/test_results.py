@@ -26,7 +26,7 @@ COMPOSED = {"diversity", "copyright", "stereotypes"}
 
 #: Experiments whose tables are not made yet (`paper` needs a GPU), one that sets floors, and one of a user's own
 #: policy, which have none.
-UNMEASURED = {"few_steps_peers_grid", "few_steps_peers", "ablate_approximation", "paper", "safety_floors", "own_policy"}
+UNMEASURED = {"ablate_approximation", "paper", "safety_floors", "own_policy"}
 
 
 def declared(name, key):
