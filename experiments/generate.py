@@ -5,15 +5,14 @@
     python -m experiments generate model=mini-sdxl method=negtome method.alpha=0.3,0.9
 
 The baseline of each run is generated too, whether you name it or not.
-
-You may interrupt the command at any time: the same command goes on where it stopped, and does nothing when everything
-is there. Several commands may run at once, also on several machines with a shared disk: no group is generated twice.
+You may interrupt the command at any time: the same command goes on where it stopped. Several commands may run at once,
+also on several machines with a shared disk: no group is generated twice.
 
     python -m experiments generate experiment=sweep model=sdxl
     python -m experiments generate experiment=sweep model=sdxl launcher=slurm launcher.jobs=8 launcher.partition=NAME
 
-The first uses all GPUs of this machine, a process for each. The second submits Slurm jobs and returns; it fetches what
-is missing before, since the jobs use no network. conf/launcher/slurm.yaml has all options of the jobs.
+The first uses all GPUs of this machine, a process for each. The second fetches what is missing, submits Slurm jobs and
+returns. conf/launcher/slurm.yaml has all options of the jobs.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick

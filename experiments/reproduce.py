@@ -12,8 +12,7 @@ one process. Results that exist are not made again. Everything that would stop a
 image.
 
 --dry-run prints downloads, disk, memory, time and what is missing; it writes and fetches nothing, and ends with 0.
-An experiment with `quick_every` makes a few of its published groups and compares them one by one; see
-`experiments.quick`. full=true makes all.
+An experiment with `quick_every` compares a few of its published groups one by one; full=true makes all.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick

@@ -7,8 +7,7 @@
     negtome generate "a photo of a dog" --method cads              by another method of the benchmark (in a checkout)
     negtome generate "a photo of a dog" --policy P                 decide the prompt by a policy first
     negtome generate --from with-0.png                             again, with the settings stored in an image
-    negtome demo                                                   the same in a browser
-    negtome doctor                                                 what is installed here, and which models
+    negtome demo, negtome doctor                                   the same in a browser; what is installed here
     negtome guard                                                  policies, guards that apply them, audit and queue
     negtome serve --policy P --guard G                             an OpenAI-compatible server behind a policy
 
