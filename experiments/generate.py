@@ -40,7 +40,7 @@ from experiments.runs.jobs import RunJob, prepare_job
 from experiments.runs.locks import has_locks
 from experiments.runs.metrics import left_out_lines
 from experiments.runs.preflight import describe, examine, examine_and_fetch
-from experiments.runs.slurm import submit
+from experiments.runs.slurm import check_slurm, submit
 from experiments.runs.store import Run
 from experiments.runs.workers import generate_groups
 
@@ -132,6 +132,7 @@ def launch(stages: Sequence[str], plan: Plan, tables: bool = False) -> int:
         stages: the commands of each job; see `experiments.runs.slurm.submit`.
         tables: whether tables will be made, which need the primary metrics.
     """
+    check_slurm()  # before anything is fetched
     if faults := examine_and_fetch(on_cpu(plan), tables, disk=False)[1]:
         return refuse(faults, tables)
     plan.write()
@@ -157,8 +158,8 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     overrides, is_dry = split_dry_run(argv)
     plan = plan or Plan.of(overrides)
     if is_dry:
-        examined = examine(on_cpu(plan), tables, disk=False) if plan.launcher else examine(plan, tables)
-        print(*describe(plan, *examined), sep="\n")
+        examined = on_cpu(plan) if plan.launcher else plan
+        print(*describe(examined, *examine(examined, tables, disk=not plan.launcher)), sep="\n")
         return 0
     for line in left_out_lines(spec.cfg for spec in plan.runs):
         log.warning("%s", line)

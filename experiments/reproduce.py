@@ -5,7 +5,7 @@
     python -m experiments reproduce experiment=sweep model=sdxl launcher=slurm
 
 The third submits Slurm jobs for the images and scores, and returns. When the jobs are done, the same command without
-launcher does the rest.
+launcher does the rest, on a node with such a GPU: the device is part of a run's id.
 
 `make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first

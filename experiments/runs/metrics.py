@@ -136,7 +136,7 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
         if name not in cfg.metric or absent.get(name) in (*NEEDS.values(), NO_PROMPTS, OF_KIND):
             raise ValueError(
                 f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
-                f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"
+                f"{', '.join(sorted(measured(cfg)))}, or a suite (metric=...) that has it"
             )
     if len({*claims, *named["quality"]}) < len(claims) + len(named["quality"]):
         raise ValueError(f"expected different primary metrics, got {named}; see `primary`")
@@ -185,7 +185,7 @@ def primary_without(cfg: DictConfig, names: Iterable[str], doubtful: Container[s
         tested = list(value) if isinstance(value, ListConfig) else [value]
         if not absent.intersection(tested):
             continue
-        kept = [name for name in tested if name not in absent]
+        kept = [name for name in tested if name not in absent and name in measured(cfg)]
         kinds = {cfg.metric[name]._target_ for name in tested if name in cfg.metric}
         others = [name for name in measured(cfg) if name not in absent and cfg.metric[name]._target_ in kinds]
         others.sort(key=lambda name: name in doubtful)

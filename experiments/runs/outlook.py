@@ -25,8 +25,8 @@ from experiments.runs.jobs import RunJob
 
 #: Bytes of a pixel of a PNG of a photograph, rounded up.
 BYTES_PER_PIXEL = 2
-#: Groups of each category in the experiment that is proposed as a smaller one.
-FEW_GROUPS = 2
+#: Groups of each category in the experiment that is proposed as a smaller one: enough for every metric.
+FEW_GROUPS = 10
 
 #: The groups that are still to be generated, by run.
 Pending = Mapping[RunSpec, Sequence[Group]]

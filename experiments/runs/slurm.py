@@ -1,6 +1,7 @@
 """Slurm jobs that divide the work of a plan: each takes what no other has claimed by a lock."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,16 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def check_slurm() -> None:
+    """Raise RuntimeError if this machine cannot submit jobs."""
+    absent = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+    if absent:
+        raise RuntimeError(
+            f"launcher=slurm needs Slurm, and this machine has no {' and no '.join(absent)}: run the command on a "
+            "login node of the cluster, or leave launcher=slurm out"
+        )
 
 
 def submit(stages: Sequence[str], plan: Plan) -> None:

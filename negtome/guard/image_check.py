@@ -180,6 +180,8 @@ class ChatImageCheck:
         if type(probability) not in (int, float) or not 0 <= probability <= 1:
             raise ValueError(f"expected a probability from 0 to 1, got {brief(probability)}")
         if name is None:
+            if probability > 0.5:  # of showing a concept: a reply that contradicts itself is no answer
+                raise ValueError(f"expected a clause with the probability {brief(probability)}, got null")
             return None, float(probability)
         clause = next((clause for clause in self.clauses if clause.id == name), None)
         if clause is None:

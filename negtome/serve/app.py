@@ -131,14 +131,15 @@ class Service:
         images = self.maker.make(request, seed, steering, deadline)
         for image in images:
             _check_time(deadline)
-            asset = self._detect(image, deadline)
-            if asset is None or (verdict is None and asset in self._assets(clauses)):
-                continue  # a person allowed what the ticket's clauses name
-            if verdict is not None and asset in self.policy.assets(verdict.clauses, "allow"):
-                # A person decides whether it is the parody, or the like, that an exception means.
-                raise self._escalate(request, key, "escalate", clauses, f"an image shows {asset}: see the exceptions")
-            showing = [clause.id for clause in self.policy.clauses if clause.asset == asset]
-            raise _violation("an image showed a protected concept, so none is returned", "blocked", showing)
+            for asset in self._detect(image, deadline):
+                if verdict is None and asset in self._assets(clauses):
+                    continue  # a person allowed what the ticket's clauses name
+                if verdict is not None and asset in self.policy.assets(verdict.clauses, "allow"):
+                    # A person decides whether it is the parody, or the like, that an exception means.
+                    reason = f"an image shows {asset}: see the exceptions"
+                    raise self._escalate(request, key, "escalate", clauses, reason)
+                showing = [clause.id for clause in self.policy.clauses if clause.asset == asset]
+                raise _violation("an image showed a protected concept, so none is returned", "blocked", showing)
         files = [_png(image) for image in images]
         _check_time(deadline)  # the client has its answer by then
         details = {
@@ -207,8 +208,8 @@ class Service:
     def _assets(self, clauses: Sequence[str]) -> list[str]:
         return [clause.asset for clause in self.policy.clauses if clause.id in clauses]
 
-    def _detect(self, image: Any, deadline: float) -> str | None:
-        """Return the first protected concept that a check sees in an image."""
+    def _detect(self, image: Any, deadline: float) -> Iterator[str]:
+        """Yield the protected concept that each check sees in an image, if it sees one."""
         for check in self.checks:
             turn = nullcontext() if is_remote_check(check) else _turn(self._checking, "the image check", deadline)
             try:
@@ -222,8 +223,7 @@ class Service:
                 _report("the image check", error)
                 raise RequestError(500, "check_failed", "the image check failed, so no image is returned") from error
             if asset is not None:
-                return asset
-        return None
+                yield asset
 
 
 @contextmanager

@@ -108,6 +108,7 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
 
 def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overrides, tmp_path, monkeypatch, capsys):
     sent = []
+    monkeypatch.setattr("experiments.generate.check_slurm", lambda: None)
     monkeypatch.setattr("experiments.generate.submit", lambda _, plan: sent.append(plan))
     asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77", "launcher=slurm")
     assert main(["generate", *asked]) == 0 and [plan.cfg.device for plan in sent] == ["cuda:77"]

@@ -24,8 +24,10 @@ def completion(content, finish="stop", prompt_tokens=900, **more):
     }
 
 
-def sight(clause, probability=0.9, nonce=NONCE, **more):
+def sight(clause, probability=..., nonce=NONCE, **more):
     """What a model says of an image."""
+    if probability is ...:  # that the image shows a concept
+        probability = 0.1 if clause is None else 0.9
     return json.dumps({"nonce": nonce, "clause": clause, "probability": probability, **more})
 
 

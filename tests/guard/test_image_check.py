@@ -74,6 +74,7 @@ def test_an_image_without_a_concept_passes(check, server):
         sight(None, "0.5"),
         '{"nonce": "<nonce>", "clause": "C1", "clause": null, "probability": 0}',
         '{"nonce": "<nonce>", "clause": null, "probability": NaN}',
+        '{"nonce": "<nonce>", "clause": null, "probability": 0.97}',
     ],
 )
 def test_any_other_reply_is_an_error_and_never_no_concept(check, server, reply):

@@ -113,6 +113,15 @@ def test_a_refused_request_gets_an_error_that_openai_clients_know_and_the_clause
     assert service.maker.calls == []
 
 
+def test_a_person_who_allows_one_concept_does_not_switch_off_the_checks_of_others(served):
+    client, service = served(checks=[Sees("police officer"), Sees("vampire")])
+    ticket = client.post(URL, json={"prompt": "a police officer"}).json()["error"]["ticket"]
+    service.queue.decide(ticket, "allow", "Ann")
+    service.queue.release(ticket)
+    answer = client.post(URL, json={"prompt": "a police officer"})
+    assert answer.status_code == 400 and answer.json()["error"]["action"] == "blocked"
+
+
 def test_an_escalated_request_makes_images_only_after_its_release(served):
     client, service = served(checks=[Sees("police officer")])
     request = {"prompt": "a police officer", "seed": 3}
