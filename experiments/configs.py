@@ -24,7 +24,7 @@ def flag(cfg: DictConfig, name: str) -> bool:
     return value
 
 
-def build(spec: DictConfig | dict[str, Any]) -> Any:
+def build(spec: DictConfig | dict[Any, Any]) -> Any:
     """Instantiate a configuration on this machine's device, without its `METADATA`.
 
     Args:
