@@ -60,7 +60,8 @@ def controls() -> list[str]:
 
 def _read(name: str) -> dict[str, Any]:
     """Read a method's file, merged over the files in its defaults."""
-    spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
+    text = (PROJECT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    spec = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C: every command reads all files
     defaults: dict[str, Any] = {}
     for base in spec.get("defaults", ()):
         if isinstance(base, str) and base != "_self_" and "@" not in base:

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunTask:
-    """Everything that a process needs to generate a group of a run; model and method are JSON, already composed.
+    """Everything that a process needs to generate a group of a run.
 
+    `model` and `method` are JSON, already composed; empty in the task of a complete run.
     `edits` is the task of the run whose images an `EditedBaseline` edits; None for all other methods.
     """
 
@@ -70,23 +71,30 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
     groups: list[Group] = build(cfg.prompts).groups()
     method = build(cfg.method) if method is None else method
     task, identity = _task(cfg, checkpoint, device, method)
-    if isinstance(method, EditedBaseline) and spec.baseline is not spec:
-        baseline = spec.baseline.cfg
-        task = replace(task, edits=_task(baseline, checkpoint, device, build(baseline.method))[0])
     run = task.run
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if damaged := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
         log.warning("%s: %d groups are made again, the first since %s", spec.label, len(damaged), damaged[0])
+    if missing:  # a complete run has no work for a process
+        task = _with_settings(task, cfg)
+        if isinstance(method, EditedBaseline) and spec.baseline is not spec:
+            baseline = spec.baseline.cfg
+            edits = _task(baseline, checkpoint, device, build(baseline.method))[0]
+            task = replace(task, edits=_with_settings(edits, baseline))
     return RunJob(spec, task, identity, groups, [*missing], devices)
 
 
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:
-    """Return the task of a configuration whose method is built, and the run's identity."""
+    """Return the task of a configuration whose method is built, without its settings; and the run's identity."""
     identity = run_identity(cfg, method, checkpoint.fingerprint, device)
     run = Run(project_path(cfg.outputs) / RUNS / short_digest(identity))
-    # JSON, because writing YAML takes 20 ms a run, also of a plan whose images all exist.
-    texts = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
-    return RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload), identity
+    return RunTask(run, checkpoint, device, "", "", cfg.compile, cfg.offload), identity
+
+
+def _with_settings(task: RunTask, cfg: DictConfig) -> RunTask:
+    """Return a task with its model and method, which takes 30 ms."""
+    model, method = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
+    return replace(task, model=model, method=method)
 
 
 def worker_devices(cfg: DictConfig, device: str) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Met
         raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
     if "baseline" in spec:
         settings["baseline"] = baseline
-    metric = build(OmegaConf.create(settings))
+    metric = build(settings)
     metric.only = None if only is None else tuple(only)
     if isinstance(metric, SetMetric):  # which prepares its intervals while it is measured
         metric.cluster = cfg.bootstrap.cluster
