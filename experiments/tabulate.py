@@ -39,7 +39,7 @@ from experiments.configs import flag
 from experiments.plan import Plan, RunSpec
 from experiments.runs import catalogue
 from experiments.runs.identity import code_digest
-from experiments.runs.metrics import check_table, configured_metrics, primary_metrics
+from experiments.runs.metrics import check_table, measured, metric_of_run, primary_metrics
 from experiments.runs.store import Run
 from experiments.tables import columns
 from experiments.tables.groups import GROUPS, group_rows, put_groups
@@ -103,8 +103,9 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
             continue
         run.check_alike(baseline)
         roles, statistics = primary_metrics(spec.cfg), run.statistics()
-        for name, metric in configured_metrics(spec):
+        for name in measured(spec.cfg):
             if name in roles or not against:
+                metric = metric_of_run(spec, name)  # one by one, so that no two encoders need to be held at a time
                 reference = None if baseline == run else find_document(images(baseline), metric)
                 document = find_document(images(run), metric)
                 scores.append(Score(spec, run, name, roles.get(name), document, reference, statistics))
@@ -172,13 +173,16 @@ def setting_columns(call: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
         call: arguments of the model's call.
         settings: of the method. One of the call's arguments replaces the model's; None leaves it to the model.
     """
-    columns = {
+    of_call = {
         "guidance_scale": call.get("guidance_scale"),
         "true_cfg_scale": call.get("true_cfg_scale"),
         "steps": call.get("num_inference_steps"),
     }
-    columns |= {name: settings[name] for name in columns if settings.get(name) is not None}
-    return {**catalogue.cells(settings), **columns}
+    of_call |= {name: settings[name] for name in of_call if settings.get(name) is not None}
+    cells: dict[str, Any] = {}
+    for setting in catalogue.settings():
+        cells |= setting.cells(settings)
+    return cells | of_call
 
 
 def statistics_of(

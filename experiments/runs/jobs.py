@@ -18,7 +18,7 @@ from experiments.methods.method import Method
 from experiments.plan import RunSpec
 from experiments.prompts import Group
 from experiments.runs.checkpoints import Checkpoint
-from experiments.runs.identity import run_identity, short_digest
+from experiments.runs.identity import provenance, request, short_digest
 from experiments.runs.store import RUNS, Run
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
 
 
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:
-    """Return the task of a configuration whose method is built, and the run's identity."""
-    identity = run_identity(cfg, method, checkpoint.fingerprint, device)
+    """Return the task of a configuration whose method is built, and the run's identity: all that may change pixels."""
+    identity = {"request": request(cfg, method), **provenance(method, checkpoint.fingerprint, device)}
     run = Run(project_path(cfg.outputs) / RUNS / short_digest(identity))
     # JSON, because writing YAML takes 20 ms a run, also of a plan whose images all exist.
     texts = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))

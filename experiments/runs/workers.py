@@ -44,8 +44,10 @@ def generate_groups(jobs: list[RunJob]) -> Iterator[Run]:
         while remaining:
             before = len(remaining)
             try:
-                for finished in _generate_each(list(remaining), wait, devices):
-                    yield remaining.pop(finished)
+                tasks = [(task, group, wait) for task, group in remaining]
+                for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, devices):
+                    if is_on_disk:
+                        yield remaining.pop((task, group))
                 wait = True
             except BrokenProcessPool as error:
                 losses = losses + 1 if len(remaining) == before else 0
@@ -56,16 +58,6 @@ def generate_groups(jobs: list[RunJob]) -> Iterator[Run]:
                         "workers=1"
                     ) from error
                 log.warning("A process that generates was killed: %d groups remain for new processes", len(remaining))
-
-
-def _generate_each(
-    todo: list[tuple[RunTask, Group]], wait: bool, devices: tuple[str, ...]
-) -> Iterator[tuple[RunTask, Group]]:
-    """Generate groups, and yield each that is on disk; skip those that another process is generating, unless `wait`."""
-    tasks = [(*task_and_group, wait) for task_and_group in todo]
-    for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, devices):
-        if is_on_disk:
-            yield task, group
 
 
 def parallel_map(

@@ -13,7 +13,7 @@ import pytest
 from plans import plan_of
 
 from experiments import PROJECT, tabulate
-from experiments.runs.metrics import configured_metrics
+from experiments.runs.metrics import metric_of_run
 from experiments.tables import columns, groups, pages
 from experiments.tables.columns import merge_rows
 
@@ -124,9 +124,8 @@ def test_runs_are_paired_with_a_method_where_their_baseline_has_one(monkeypatch)
 def test_the_configured_cluster_reaches_the_halves_too():
     for cluster in ("category", "prompt", None):
         (spec,) = configured(f"bootstrap.cluster={'null' if cluster is None else cluster}").runs
-        found = dict(configured_metrics(spec))
-        assert found["kernel_distance_scorer"].design()["subset_cluster"] == cluster
-        assert found["clip_score"].design() == {}
+        assert metric_of_run(spec, "kernel_distance_scorer").design()["subset_cluster"] == cluster
+        assert metric_of_run(spec, "clip_score").design() == {}
 
 
 def test_quality_is_held_against_its_margin():
