@@ -190,45 +190,40 @@ def statistics_of(
 ) -> dict[str, Any]:
     """Return the columns that follow from a metric's document, and from that of the run it is paired with.
 
+    Differences are over the groups that both runs show.
+
     Args:
         cfg: has `bootstrap`, `primary.quality_margin`, `model.name` and `method.name`.
         name, role, document, reference: see `Score`.
     """
-    value, low, high = interval_of(document, **cfg.bootstrap)
-    return {
+    resampling, aggregate, higher = cfg.bootstrap, document["aggregate"], document["higher_is_better"]
+    value, low, high = interval_of(document, **resampling)
+    columns = {
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        **({} if reference is None else comparison(cfg, name, role, document, reference)),
-        "n_units": n_units(document, cfg.bootstrap.cluster),
+        "n_units": n_units(document, resampling.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
         "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
     }
-
-
-def comparison(
-    cfg: DictConfig, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the columns that compare a run with the one it is paired with, over the groups that both show."""
-    aggregate, higher = document["aggregate"], document["higher_is_better"]
-    withheld = {}
+    if reference is None:
+        return columns
     if document.get("withheld") or reference.get("withheld"):
-        withheld["n_paired"] = n_shared(document, reference)
-        if not withheld["n_paired"]:
+        columns["n_paired"] = n_shared(document, reference)
+        if not columns["n_paired"]:
             why = "it is of a whole set, and the runs' differ" if aggregate == SUBSETS else "the runs share no group"
             log.warning("%s %s: there is no difference in %s: %s", cfg.model.name, cfg.method.name, name, why)
-            return withheld
-    difference = difference_of(document, reference, **cfg.bootstrap)
-    columns = {
+            return columns
+    difference = difference_of(document, reference, **resampling)
+    columns |= {
         "difference": difference.difference,
         "difference_low": difference.low,
         "difference_high": difference.high,
-        **withheld,
     }
     # A number of a whole set has no results of groups that could be resampled.
     if aggregate != SUBSETS:
-        pairs, resampling = paired_differences(*shared_groups(document, reference), aggregate), cfg.bootstrap
+        pairs = paired_differences(*shared_groups(document, reference), aggregate)
         columns["p_value"] = bootstrap_t_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
         columns["effect_size"] = effect_size(pairs, resampling.cluster)
         columns["win_rate"] = None if higher is None else win_rate(pairs, higher, resampling.cluster)
