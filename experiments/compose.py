@@ -245,16 +245,16 @@ def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
     """
     others = tuple(text for text in overrides if "method" not in _roots(text))
     of_method = [parsed(text) for text in overrides if text not in others]
-    cfg = method = None
+    method = rest = None
     if len(of_method) == 1 and _names_method(of_method[0]):
         settings_of_hydra = tuple(text for text in others if parsed(text).is_hydra_override())
         method = _compose_part(f"method/{of_method[0].value()}", settings_of_hydra)
-        cfg = _compose_part("config", (*others, "~method"))
+        rest = _compose_part("config", (*others, "~method"))
     # A method's file may have other settings too, and other files may have settings of methods.
-    is_apart = method is not None and cfg is not None and set(method) == {"hydra", "method"}
-    if not (is_apart and OmegaConf.is_missing(cfg, "method")):
-        method, cfg = None, _compose_all(overrides)
-    cfg = copy.deepcopy(cfg)
+    is_apart = method is not None and set(method) == {"hydra", "method"}
+    if not is_apart or rest is None or not OmegaConf.is_missing(rest, "method"):
+        method, rest = None, _compose_all(overrides)
+    cfg = copy.deepcopy(rest)
     with open_dict(cfg):
         del cfg.hydra
     if method is not None:

@@ -145,6 +145,7 @@ class Plan:
             settings = config_digest(cfg)
             specs.append(RunSpec(cfg, settings, ids.get(settings)))
         for spec, (_, baseline) in zip(specs, composed, strict=True):
+            assert baseline is not None  # all have one
             spec.baseline = specs[baseline]
         return cls(specs, specs[0].cfg.launcher or None)
 

@@ -85,8 +85,8 @@ def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) 
     identity = {"request": request(cfg, method), **provenance(method, checkpoint.fingerprint, device)}
     run = Run(project_path(cfg.outputs) / RUNS / short_digest(identity))
     # JSON, because writing YAML takes 20 ms a run, also of a plan whose images all exist.
-    texts = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
-    return RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload), identity
+    model, of_method = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
+    return RunTask(run, checkpoint, device, model, of_method, cfg.compile, cfg.offload), identity
 
 
 def worker_devices(cfg: DictConfig, device: str) -> tuple[str, ...]:
