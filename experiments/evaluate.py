@@ -284,10 +284,10 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     if plan.cfg.images is not None:
         if len(models := dict.fromkeys(spec.cfg.model.name for spec in plan.runs)) > 1:
             raise ValueError(f"expected one model, whose scorer images are measured by, got {', '.join(models)}")
-        table, refused = evaluate_folder(plan.cfg)
+        table, reasons = evaluate_folder(plan.cfg)
         print(table.to_markdown(index=False, disable_numparse=True))
-        if refused:
-            print(_reasons({"": refused}))
+        if reasons:
+            print(_reasons({"": reasons}))
         return 0
     if plan.launcher:
         return _launch(plan)

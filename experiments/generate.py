@@ -140,11 +140,6 @@ def launch(stages: Sequence[str], plan: Plan, tables: bool = False) -> int:
     return 0
 
 
-def split_dry_run(argv: list[str]) -> tuple[list[str], bool]:
-    """Return a command line without `--dry-run`, and whether it was there."""
-    return [text for text in argv if text != DRY_RUN], DRY_RUN in argv
-
-
 def on_cpu(plan: Plan) -> Plan:
     """Return the plan for the CPU: a launched job may run on a machine with other devices than this one."""
     configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in plan.runs]
@@ -155,9 +150,8 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     """Generate; `experiments.reproduce` passes its plan, and goes on to scores and tables."""
     start_log()
     tables = plan is not None
-    overrides, is_dry = split_dry_run(argv)
-    plan = plan or Plan.of(overrides)
-    if is_dry:
+    plan = plan or Plan.of([text for text in argv if text != DRY_RUN])
+    if DRY_RUN in argv:
         examined = on_cpu(plan) if plan.launcher else plan
         print(*describe(examined, *examine(examined, tables, disk=not plan.launcher)), sep="\n")
         return 0

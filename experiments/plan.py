@@ -111,13 +111,13 @@ class Plan:
             FileNotFoundError, ValueError, HydraException: see `make` and `read`; or an override would change the runs
                 of the file.
         """
-        overrides = compose.check_overrides(arguments)
-        files = [text.removeprefix("plan=") for text in overrides if text.startswith("plan=")]
+        files = [text.removeprefix("plan=") for text in arguments if text.startswith("plan=")]
         if not files:
-            return cls.make(overrides)
+            return cls.make(arguments)
         plan, of_launcher = cls.read(Path(files[-1]).expanduser()), []
         plan.add_ids(complete_runs(plan.file))  # the file may be a copy that was made for jobs
-        for override in (compose.parsed(text) for text in overrides if not text.startswith("plan=")):
+        others = compose.check_overrides([text for text in arguments if not text.startswith("plan=")])
+        for override in map(compose.parsed, others):
             if override.key_or_group.split(".")[0] == "launcher":
                 of_launcher.append(override.input_line)
             elif override.key_or_group not in OF_STAGES:
@@ -145,6 +145,7 @@ class Plan:
             settings = config_digest(cfg)
             specs.append(RunSpec(cfg, settings, ids.get(settings)))
         for spec, (_, baseline) in zip(specs, composed, strict=True):
+            assert baseline is not None  # all have one
             spec.baseline = specs[baseline]
         return cls(specs, specs[0].cfg.launcher or None)
 

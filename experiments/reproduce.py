@@ -33,12 +33,11 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     start_log()
     gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
-    overrides, is_dry = generate.split_dry_run(argv)
-    plan = Plan.of(overrides)
+    plan = Plan.of([text for text in argv if text != generate.DRY_RUN])
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
     part = quick.quick_plan(plan)
-    if is_dry:
+    if generate.DRY_RUN in argv:
         return generate.main(argv, part or plan)
     if plan.launcher:
         return generate.launch(["generate", "evaluate"], part or plan, tables=True)

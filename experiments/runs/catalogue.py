@@ -1,7 +1,6 @@
 """The methods of conf/method/ with their titles, colours and columns, for tables and figures."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -74,11 +73,3 @@ def settings(*names: str) -> tuple[Setting, ...]:
     """Return the columns of the named methods, or of all methods, each once."""
     chosen = [entries()[name] for name in names if name in entries()] if names else list(entries().values())
     return tuple(dict.fromkeys(setting for entry in chosen for setting in entry.columns))
-
-
-def cells(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method's settings as the cells of a table's row, by the columns of all methods."""
-    row: dict[str, Any] = {}
-    for setting in settings():
-        row |= setting.cells(values)
-    return row

@@ -18,7 +18,7 @@ from experiments.methods.method import Method
 from experiments.plan import RunSpec
 from experiments.prompts import Group
 from experiments.runs.checkpoints import Checkpoint
-from experiments.runs.identity import run_identity, short_digest
+from experiments.runs.identity import provenance, request, short_digest
 from experiments.runs.store import RUNS, Run
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,11 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
 
 
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:
-    """Return the task of a configuration whose method is built, without its settings; and the run's identity."""
-    identity = run_identity(cfg, method, checkpoint.fingerprint, device)
+    """Return the task of a configuration whose method is built, without its settings; and the run's identity.
+
+    The identity is all that may change pixels.
+    """
+    identity = {"request": request(cfg, method), **provenance(method, checkpoint.fingerprint, device)}
     run = Run(project_path(cfg.outputs) / RUNS / short_digest(identity))
     return RunTask(run, checkpoint, device, "", "", cfg.compile, cfg.offload), identity
 

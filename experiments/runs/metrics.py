@@ -1,7 +1,7 @@
 """The metrics of a configuration: which of them can be measured, and which a table tests."""
 
 import fnmatch
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -70,11 +70,6 @@ def metric_of_run(spec: RunSpec, name: str) -> Metric:
     """Build a configured metric of a run, which may compare the run with its baseline; errors as of `build_metric`."""
     compares = "baseline" in spec.cfg.metric[name]
     return build_metric(spec.cfg, name, str(Run.of(spec.baseline).folder) if compares else None)
-
-
-def configured_metrics(spec: RunSpec) -> Iterator[tuple[str, Metric]]:
-    """Build a run's metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
-    return ((name, metric_of_run(spec, name)) for name in measured(spec.cfg))
 
 
 def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Metric:

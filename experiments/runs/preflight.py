@@ -200,7 +200,7 @@ def _planned(groups: Iterable[Group]) -> ImageSet:
         for group in groups
         for index, seed in enumerate(group.image_seeds())
     ]
-    return ImageSet("the images to be made", rows)
+    return ImageSet(Path("the images to be made"), rows)
 
 
 def _of_metric(cfg: DictConfig, name: str, images: ImageSet) -> list[Fault]:
@@ -257,7 +257,9 @@ def of_disk(pending: outlook.Pending, folder: Path) -> list[Fault]:
     ]
 
 
-def of_timesteps(model: DictConfig, folder: Path, method: str, timestep_range: Sequence[float] | None) -> list[Fault]:
+def of_timesteps(
+    model: DictConfig, folder: Path, method: str, timestep_range: tuple[float, float] | None
+) -> list[Fault]:
     """Return a fault if no step of a call lies in the method's timestep range.
 
     Args:
@@ -280,7 +282,7 @@ def of_timesteps(model: DictConfig, folder: Path, method: str, timestep_range: S
     ]
 
 
-def of_step_range(model: DictConfig, method: str, step_range: Sequence[float]) -> list[Fault]:
+def of_step_range(model: DictConfig, method: str, step_range: tuple[int, int] | tuple[float, float]) -> list[Fault]:
     """Return a fault if no step of a call lies in the method's step range.
 
     Args:

@@ -15,7 +15,7 @@ from experiments.__main__ import COMMANDS, main
 from experiments.compose import expand
 from experiments.plan import run_names
 from experiments.runs.store import Run
-from experiments.runs.workers import _generate_each
+from experiments.runs.workers import parallel_map
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -137,7 +137,7 @@ def test_jobs_score_the_runs_of_a_plan_if_they_are_complete(scored_sweep, missin
 def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
     """Not while they import, either: they are started so, and this process listens again."""
     heard, before = [], signal.getsignal(signal.SIGINT)
-    todo = [(None, "a"), (None, "b")]
+    tasks = [("a",), ("b",)]
 
     class Executor:
         def submit(self, *_):
@@ -147,7 +147,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
             return future
 
     monkeypatch.setattr("experiments.runs.workers._executor", lambda _: Executor())
-    assert set(_generate_each(todo, True, ("cpu", "cpu"))) == set(todo)
+    assert set(parallel_map(str, tasks, ("cpu", "cpu"))) == {(task, True) for task in tasks}
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 
