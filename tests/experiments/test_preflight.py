@@ -33,7 +33,7 @@ def empty_home(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("eval.encoders._failed", {})
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: False)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: "the network is off")
     return tmp_path
 
 
@@ -207,7 +207,7 @@ def test_missing_files_are_fetched_on_request_or_before_the_first_image(empty_ho
         torch.save(squeezenet1_1(weights=None).state_dict(), path)
 
     monkeypatch.setattr("eval.weights.published_hash", lambda *_: "")
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     assert main(["doctor", *overrides]) == 1 and not fetched
     assert main(["doctor", *overrides, "--fetch"]) == 0 and len(fetched) == 1
