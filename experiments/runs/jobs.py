@@ -5,7 +5,9 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from experiments.methods.method import Method
 from experiments.plan import RunSpec
 from experiments.prompts import Group
 from experiments.runs.checkpoints import Checkpoint
-from experiments.runs.identity import run_identity, short_digest
+from experiments.runs.identity import kind_of_device, run_identity, short_digest
 from experiments.runs.store import RUNS, Run
 
 log = logging.getLogger(__name__)
@@ -80,13 +82,54 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
     return RunJob(spec, task, identity, groups, [*missing], devices)
 
 
+def jobs_of_other_device(specs: Sequence[RunSpec]) -> list[RunJob] | None:
+    """Return the jobs of runs that another kind of device has made, with nothing to generate.
+
+    So a machine without this device goes on to scores and tables.
+
+    Returns:
+        None if a run is incomplete, if several kinds of devices made the runs, if the kind is this machine's, or if
+        `device` is not auto, which asks for a device.
+
+    Raises:
+        ValueError: an image, a manifest or an identity was changed.
+    """
+    cfg = specs[0].cfg
+    ids = [spec.id for spec in specs]
+    runs = [Run(project_path(cfg.outputs) / RUNS / run) for run in ids if run]
+    if cfg.device != "auto" or None in ids or not all(run.complete for run in runs):
+        return None
+    devices = {run.identity["machine"]["device"] for run in runs}
+    here = kind_of_device(select_device(cfg.device))
+    if len(devices) > 1 or here in devices:
+        return None
+    (device,) = devices
+    jobs = []
+    for spec, run in zip(specs, runs, strict=True):
+        groups: list[Group] = build(spec.cfg.prompts).groups()
+        if fault := next(filter(None, map(run.fault, groups)), None):
+            raise ValueError(
+                f"{fault}: {device} made the run, so run the command there; device={select_device(cfg.device)} makes "
+                "all runs anew here"
+            )
+        checkpoint = Checkpoint(Path(), run.identity["weights"])  # not loaded
+        jobs.append(RunJob(spec, _task_of_run(spec.cfg, run, checkpoint, here), run.identity, groups, [], (here,)))
+    log.info("All %d runs are complete: %s made them, and this machine (%s) makes none", len(jobs), device, here)
+    return jobs
+
+
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:
     """Return the task of a configuration whose method is built, and the run's identity."""
     identity = run_identity(cfg, method, checkpoint.fingerprint, device)
     run = Run(project_path(cfg.outputs) / RUNS / short_digest(identity))
+    return _task_of_run(cfg, run, checkpoint, device), identity
+
+
+def _task_of_run(cfg: DictConfig, run: Run, checkpoint: Checkpoint, device: str) -> RunTask:
+    """Return the task of a run whose folder is known."""
     # JSON, because writing YAML takes 20 ms a run, also of a plan whose images all exist.
     texts = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
-    return RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload), identity
+    return RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload)
 
 
 def worker_devices(cfg: DictConfig, device: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from experiments.runs import checkpoints, metrics, outlook
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.faults import Fault, listing, of_method, of_weights
 from experiments.runs.identity import request
-from experiments.runs.jobs import RunJob, prepare_job
+from experiments.runs.jobs import RunJob, jobs_of_other_device, prepare_job
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[R
     for cfg in configs:
         select_device(cfg.device)  # everything else depends on it
     faults_of_scoring = of_scoring(configs, tables)
+    if (done := jobs_of_other_device(plan.runs)) is not None:
+        return done, faults_of_scoring
     for spec in plan.runs:
         job, faults_of_run = _examine_run(spec, configs)
         faults += faults_of_run
