@@ -130,10 +130,10 @@ def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tu
     return examine(plan, tables, disk)
 
 
-def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault]) -> list[str]:
+def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault], tables: bool = False) -> list[str]:
     """Return what an experiment needs, and the faults that `examine` found, as lines to print."""
     lines = metrics.left_out_lines(spec.cfg for spec in plan.runs)
-    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults)
+    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults, tables)
     if not faults:
         return [*lines, f"{len(plan.runs)} runs can be made and scored here."]
     if all(fault.fetch for fault in faults):
