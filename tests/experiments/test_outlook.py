@@ -107,7 +107,7 @@ def test_a_real_run_logs_the_short_form_before_the_first_image_and_then_no_more(
     with caplog.at_level("INFO"):
         assert main(["generate", *overrides]) == 0
         first, second, *_ = [record.getMessage() for record in caplog.records]
-        assert "4 images in 2 groups" in first and "Denoising takes about" in second
+        assert "4 images to generate in 2 groups" in first and "Denoising takes about" in second
         caplog.clear()
         assert main(["generate", *overrides]) == 0
     assert not [record for record in caplog.records if "Denoising" in record.getMessage()]

@@ -27,6 +27,7 @@ from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.compose import expand
 from experiments.runs import checkpoints, outlook
+from negtome import model_files
 from negtome.__main__ import main as negtome
 
 SDXL, FLUX = "SG161222/RealVisXL_V4.0", "black-forest-labs/FLUX.1-dev"
@@ -223,6 +224,20 @@ def test_the_librarys_own_command_takes_a_repository(online, tmp_path, monkeypat
     first, second = ([Image.open(path).tobytes() for path in sorted(Path(name).glob("with-*.png"))] for name in
                      ("first", "second"))  # fmt: skip
     assert len(first) == 2 and first == second
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NOWHERE)
+    model_files._fetch.cache_clear()
+    assert negtome([*command, "third"]) == 0 and not online.downloads(), "a hub that does not answer is not needed"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_named(online, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NOWHERE)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is asked again"))
+    assert negtome(["generate", "a dog", "--model", "nobody/else", "--out", str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nobody/else" in line and f"{NOWHERE} does not answer (" in line
+    with pytest.raises(FileNotFoundError, match=f"{NOWHERE} does not answer"):
+        checkpoints.find_checkpoint(configured("sdxl"))
+    assert not online.requests
 
 
 # --- the experiment, in processes of their own ------------------------------------------------------------------------
