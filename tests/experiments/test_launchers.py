@@ -83,7 +83,7 @@ def test_an_offloaded_pipeline_stays_on_the_gpu_of_its_process(tiny_overrides, t
 #: The command on a machine with two GPUs, in whose place the CPU works. A process notes which GPU is its own when it
 #: loads a pipeline and when it scores a run; it goes on when both have.
 TWO_GPUS = """
-import functools, os, sys, time
+import functools, os, sys, time, types
 from pathlib import Path
 import torch
 
@@ -91,6 +91,7 @@ notes, bound = Path(os.environ["NOTES"]), []
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 2
 torch.cuda.get_device_name = lambda device=None: "Fake"
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=2**33)
 torch.cuda.set_device = bound.append
 
 from experiments import evaluate
