@@ -62,10 +62,12 @@ class Plan:
     Attributes:
         runs: in the order of the sweep.
         launcher: settings of the jobs on other machines that make the runs; None if this process does.
+        is_read: whether the plan is from a file. It then replaces no other plan: the user may have written a newer one.
     """
 
     runs: list[RunSpec]
     launcher: DictConfig | None = None
+    is_read: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", str(self.cfg.name)):  # it names a folder of outputs, and files of results
@@ -170,14 +172,16 @@ class Plan:
                 spec.baseline = specs[run["baseline"]]
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"expected a plan in {file}, got other JSON ({error!r}): {CURE}") from error
-        return cls(specs)
+        return cls(specs, is_read=True)
 
     def write(self, file: Path | None = None) -> Path:
         """Write the plan, in the place of an earlier one whose complete runs stay known; return the file.
 
         Args:
-            file: where to; None: `self.file`.
+            file: where to; None: `self.file`, unless the plan `is_read` and the file exists.
         """
+        if file is None and self.is_read and self.file.exists():
+            return self.file
         file = self.file if file is None else file
         with locked(file.with_name(f".{file.name}.lock")):
             ids = complete_runs(file)

@@ -5,13 +5,14 @@
     python -m experiments reproduce experiment=sweep model=sdxl launcher=slurm
 
 The third submits Slurm jobs for the images and scores, and returns. When the jobs are done, the same command without
-launcher does the rest, on a node with such a GPU: the device is part of a run's id.
+launcher does the rest on any machine: it uses complete runs, whatever device made them. `device=cuda` makes them anew.
 
 `make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
 image.
 
---dry-run prints downloads, disk, memory, time and what is missing; it writes and fetches nothing, and ends with 0.
+--dry-run prints downloads, disk, memory, time and what is missing; it writes and fetches nothing, and ends with 0, or
+with 2 if a setting is wrong.
 An experiment with `quick_every` compares a few of its published groups one by one; full=true makes all.
 """
 

@@ -23,7 +23,7 @@ from negtome import image_files
 from negtome.architectures import ARCHITECTURES
 from negtome.attachment import Attachment, attach
 from negtome.doctor import accelerator
-from negtome.model_files import INDEX, LORA, find_variants, read_index
+from negtome.model_files import INDEX, LORA, find_variants, hub_failure, read_index
 from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
@@ -168,6 +168,7 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     _check_model(recipe)
     # Without torch_dtype, transformers takes that of each text encoder's config, and diffusers float32 for the rest.
     options = {"torch_dtype": getattr(torch, recipe.dtype), "variant": recipe.variant, "use_safetensors": True}
+    options["local_files_only"] = not Path(recipe.model).is_dir() and hub_failure() is not None
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **options)
         if Path(recipe.model, LORA).is_file():
@@ -213,7 +214,8 @@ def _check_model(recipe: Recipe) -> None:
         # models/nope is a mistyped folder if models/ is there; owner/name may be a repository.
         repository = re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and not Path(model).parent.is_dir()
         hub = ", and no such repository can be read from the Hugging Face hub" if repository else ""
-        raise ValueError(f"no folder {model}{hub}")
+        reason = f": {hub_failure()}" if repository and hub_failure() else ""
+        raise ValueError(f"no folder {model}{hub}{reason}")
     # diffusers makes an empty tokenizer if its folder is absent, and meaningless images with it.
     components = [
         name for name, value in index.items() if isinstance(value, list) and isinstance(next(iter(value), None), str)

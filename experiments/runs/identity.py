@@ -86,12 +86,16 @@ def provenance(method: Method, weights: str | None, device: str) -> dict[str, An
     return {
         "weights": weights,
         "machine": {
-            # The name of a GPU, since kernels differ; CPUs differ less, and their names are not portable.
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type,
+            "device": kind_of_device(device),
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
         "code": method.version or None,  # the baseline has none: GENERATION_VERSION is in the request
     }
+
+
+def kind_of_device(device: str) -> str:
+    """Return the name of a GPU, since kernels differ; of other devices the type: CPUs differ less."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type
 
 
 def current_commit() -> str:

@@ -22,7 +22,7 @@ from experiments.runs import checkpoints, metrics, outlook
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.faults import Fault, listing, of_method, of_weights
 from experiments.runs.identity import request
-from experiments.runs.jobs import RunJob, prepare_job
+from experiments.runs.jobs import RunJob, jobs_of_other_device, prepare_job
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[R
     for cfg in configs:
         select_device(cfg.device)  # everything else depends on it
     faults_of_scoring = of_scoring(configs, tables)
+    if (done := jobs_of_other_device(plan.runs)) is not None:
+        return done, faults_of_scoring
     for spec in plan.runs:
         job, faults_of_run = _examine_run(spec, configs)
         faults += faults_of_run
@@ -128,10 +130,10 @@ def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tu
     return examine(plan, tables, disk)
 
 
-def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault]) -> list[str]:
+def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault], tables: bool = False) -> list[str]:
     """Return what an experiment needs, and the faults that `examine` found, as lines to print."""
     lines = metrics.left_out_lines(spec.cfg for spec in plan.runs)
-    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults)
+    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults, tables)
     if not faults:
         return [*lines, f"{len(plan.runs)} runs can be made and scored here."]
     if all(fault.fetch for fault in faults):

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from eval.images import load_image
+from experiments import start_log
 from experiments.configs import build
 from experiments.methods.edited import EditedBaseline
 from experiments.methods.method import Method
@@ -198,6 +199,7 @@ def _quiet_children() -> Iterator[None]:
 
 def _begin_process(unused: Any) -> None:
     """Bind this process to a device of its own, from a queue: "cuda" means that GPU from now on."""
+    start_log()
     _die_with_parent()
     device = unused.get()
     if device.startswith("cuda"):
