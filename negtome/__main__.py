@@ -126,8 +126,8 @@ def _run_in_checkout(command: str, arguments: list[str], typed: str | None = Non
             return 0
     if not complete:
         raise ValueError(
-            f"{typed or command} needs a checkout of the repository with its packages: git clone it, and run pip install "
-            "-e '.[demo]' there"
+            f"{typed or command} needs a checkout of the repository with its packages: git clone it, and run "
+            "pip install -e '.[demo]' there"
         )
     sys.path.insert(0, str(checkout))
     code: int = importlib.import_module("experiments.__main__").main([command, *arguments], typed)

@@ -73,6 +73,8 @@ def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
         (["evaluate", "model=sdxl", "model.scorer.weights=/x"], ["did you mean model.scorer.weights_dir?"]),
         (["generate", "model=mini-sdxl", "method=negtome", "scorer@method.encodr=sscd"], ["encodr"]),
         (["generate", "method=guarded", "guard=chat"], ["guard.model has no value: give guard.model=VALUE"]),
+        (["reproduce"], ["such as experiment=diversity", "few_steps"]),
+        (["reproduce", "--dry-run"], ["such as experiment=diversity"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now", "here"], ["one name", "now here"]),
     ],
