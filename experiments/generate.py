@@ -115,7 +115,8 @@ def refuse(faults: list[Fault], tables: bool) -> int:
     """Print all faults, and return the exit code."""
     if len(faults) == 1 and len(faults[0].lines()) == 1:
         raise ValueError(faults[0].problem)
-    print(f"generate: {len(faults)} faults, and no image was made:\n{listing(faults)}", file=sys.stderr)
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    print(f"generate: {count}, and no image was made:\n{listing(faults)}", file=sys.stderr)
     can_be_fetched = [bool(fault.fetch) for fault in faults]
     if any(can_be_fetched) and not all(can_be_fetched):  # otherwise all were tried
         print("python -m experiments doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)
