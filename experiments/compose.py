@@ -78,7 +78,7 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     The former name of hyperparameter=, knob=, is replaced with a warning.
 
     Raises:
-        ValueError: an argument begins with a dash, or chooses one of Hydra's own launchers.
+        ValueError: an argument begins with a dash, has no value, or chooses one of Hydra's own launchers.
     """
     overrides = [text for text in arguments if text not in ("-m", "--multirun")]
     for position, text in enumerate(overrides):
@@ -87,6 +87,8 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
             bare = text.lstrip("-")
             meant = bare if "=" in bare or "=" in following or not following else f"{bare}={following}"
             raise ValueError(f"expected settings such as model=sdxl, got {text}: use {meant}, without dashes")
+        if "=" not in text and not text.startswith("~"):
+            raise ValueError(f"expected settings such as model=sdxl, got {text}: use experiment={text} or {text}=VALUE")
         if text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher.")):
             raise ValueError(
                 f"expected a launcher of conf/launcher, got {text}: processes divide the runs without one (workers=N), "

@@ -121,8 +121,8 @@ def refuse(faults: list[Fault], tables: bool) -> int:
     if len(faults) == 1 and len(faults[0].lines()) == 1:
         raise ValueError(faults[0].problem)
     command = "reproduce" if tables else "generate"
-    number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    print(f"{command}: {number}, and no image was made:\n{listing(faults)}", file=sys.stderr)
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    print(f"{command}: {count}, and no image was made:\n{listing(faults)}", file=sys.stderr)
     can_be_fetched = [bool(fault.fetch) for fault in faults]
     if any(can_be_fetched) and not all(can_be_fetched):  # otherwise all were tried
         print("python -m experiments doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import gc
 import importlib
 
-from experiments import check, generate, quick, start_log
+from experiments import PROJECT, check, generate, quick, start_log
 from experiments.plan import Plan
 
 STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
@@ -34,7 +34,11 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     start_log()
     gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
-    plan = Plan.of([text for text in argv if text != generate.DRY_RUN])
+    overrides = [text for text in argv if text != generate.DRY_RUN]
+    if not overrides:  # else it would make a baseline for an hour
+        names = ", ".join(sorted(file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")))
+        raise ValueError(f"expected an experiment, such as experiment=diversity, got none: there are {names}")
+    plan = Plan.of(overrides)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
     part = quick.quick_plan(plan)

@@ -22,6 +22,7 @@ import torch
 from negtome import image_files
 from negtome.architectures import ARCHITECTURES
 from negtome.attachment import Attachment, attach
+from negtome.config import NegToMeConfig
 from negtome.doctor import accelerator
 from negtome.model_files import INDEX, LORA, find_variants, hub_failure, read_index
 from negtome.recipe import Recipe, is_embedded
@@ -274,10 +275,14 @@ def recipe_from_args(arguments: Namespace) -> Recipe:
     if size is not None:
         values["width"], values["height"] = size
     if values.pop("without", False):
-        if settings:
+        if settings or "few_steps" in values:
             raise ValueError("--without cannot be combined with settings of NegToMe; leave one of them out")
         values["config"] = None
+    few_steps = values.pop("few_steps", False)
     recipe = Recipe.of(values.pop("prompt"), values.pop("model", None), **values)
+    if few_steps:
+        config = NegToMeConfig.few_step("unet" if "unet" in read_index(recipe.model) else "transformer")
+        recipe = recipe.replace(config=config)
     if options:
         merged = {**recipe.options, **dict(options)}
         recipe = recipe.replace(options={name: value for name, value in merged.items() if value is not Ellipsis})

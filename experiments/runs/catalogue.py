@@ -25,12 +25,14 @@ class Entry(NamedTuple):
         title: its name in figures.
         colour: its colour in every figure, one of `PALETTE`; None: a colour that no other method of a figure has.
         control: whether it is a negative control, which is never ranked with methods.
+        summary: a line for lists: that of its class, or the title that its file gives it.
     """
 
     columns: tuple[Setting, ...]
     title: str
     colour: str | None
     control: bool = False
+    summary: str = ""
 
 
 @functools.cache
@@ -48,7 +50,8 @@ def entries() -> dict[str, Entry]:
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
         title, control = metadata.get("title") or method.title, bool(metadata.get("control"))
-        methods[spec["name"]] = Entry(method.columns, title, colour, control)
+        summary = metadata.get("title") or (method.__doc__ or title).splitlines()[0]
+        methods[spec["name"]] = Entry(method.columns, title, colour, control, summary)
     return methods
 
 

@@ -102,7 +102,8 @@ def submit(stages: Sequence[str], plan: Plan) -> None:
     """
     if faults := check_launcher(plan):
         raise RuntimeError(faults[0].problem)
-    settings, n_jobs = OmegaConf.to_container(plan.launcher, resolve=True), plan.launcher.jobs
+    settings: Any = OmegaConf.to_container(plan.launcher, resolve=True)
+    n_jobs: int = settings["jobs"]
     outputs = project_path(plan.cfg.outputs)
     if n_jobs > 1 and not has_locks(outputs):
         raise ValueError(
