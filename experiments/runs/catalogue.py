@@ -26,12 +26,14 @@ class Entry(NamedTuple):
         title: its name in figures.
         colour: its colour in every figure, one of `PALETTE`; None: a colour that no other method of a figure has.
         control: whether it is a negative control, which is never ranked with methods.
+        between: whether it has values between two settings of its hyperparameter.
     """
 
     columns: tuple[Setting, ...]
     title: str
     colour: str | None
     control: bool = False
+    between: bool = True
 
 
 @functools.cache
@@ -49,7 +51,8 @@ def entries() -> dict[str, Entry]:
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
         title, control = metadata.get("title") or method.title, bool(metadata.get("control"))
-        methods[spec["name"]] = Entry(method.columns, title, colour, control)
+        between = (metadata.get("hyperparameter") or {}).get("interpolate", True)
+        methods[spec["name"]] = Entry(method.columns, title, colour, control, between)
     return methods
 
 
