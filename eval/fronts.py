@@ -29,15 +29,18 @@ def resampled_means(
     return np.concatenate(means)
 
 
-def best_gain_at_budget(gains: np.ndarray, losses: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
+def best_gain_at_budget(
+    gains: np.ndarray, losses: np.ndarray, budget: float, interpolate: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest gain at a loss of at most `budget`, and its position on the path, [..., S] -> [...] each.
 
-    Candidates are the settings within the budget, and the points where the line between a setting within the budget and
-    a neighbour outside crosses it. The path begins at its first setting, not at the baseline. A position of 1.5 lies
-    halfway between the second and the third setting. Without a candidate, gain and position are NaN.
+    Candidates are the settings within the budget. With `interpolate`, so are the points where the line between a
+    setting within the budget and a neighbour outside crosses it: only for methods that change little by little between
+    two settings. The path begins at its first setting, not at the baseline. A position of 1.5 lies halfway between the
+    second and the third setting. Without a candidate, gain and position are NaN; of equal gains, the first counts.
     """
     within = losses <= budget
-    crosses = within[..., 1:] != within[..., :-1]
+    crosses = (within[..., 1:] != within[..., :-1]) & interpolate
     share = (budget - losses[..., :-1]) / np.where(crosses, np.diff(losses, axis=-1), 1.0)
     between = np.where(crosses, gains[..., :-1] + share * np.diff(gains, axis=-1), -np.inf)
     candidates = np.concatenate([np.where(within, gains, -np.inf), between], axis=-1)

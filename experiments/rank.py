@@ -9,7 +9,8 @@ through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
 A sweep over `hyperparameter` writes a value for each method to `<results>/<experiment>/chosen.yaml`, which `chosen`
-names. It is the value with the largest gain within the allowed loss, which may lie between two settings. If no value
+names. It is the value with the largest gain within the allowed loss. It may lie between two settings, unless the method
+has `metadata.hyperparameter.interpolate: false`: whole numbers, or what changes steps one by one. If no value
 keeps within the loss, it is the weakest. With several measures of quality, the loss is the largest of theirs, each as a
 share of what it is without a method.
 """
@@ -62,11 +63,13 @@ class Paths:
         specs: of each method, in the order of the sweep.
         rows: rows of the table of a method's runs, in the same order: of the primary metric.
         gains, losses: of each method, [1 + R, S] of S settings: the estimate, then R resamples. Where a method's
-            hyperparameter has a value that does nothing (`metadata.hyperparameter.nothing`), that is the first setting.
+            hyperparameter is interpolated and has a value that does nothing (`metadata.hyperparameter.nothing`), that
+            is the first setting.
         primary_metric: by which methods gain.
         qualities: the metrics by which they lose.
         worth: of quality without a method; 1 if there are several metrics, whose losses are shares.
         n_units: clusters that are resampled.
+        between: of each method, whether values between two settings may be chosen.
     """
 
     specs: dict[str, list[RunSpec]]
@@ -77,6 +80,7 @@ class Paths:
     qualities: list[str]
     worth: float
     n_units: int
+    between: dict[str, bool]
 
 
 def read_paths(specs: list[RunSpec]) -> Paths:
@@ -85,7 +89,8 @@ def read_paths(specs: list[RunSpec]) -> Paths:
     Raises:
         FileNotFoundError: the table or the values of groups are missing, or a run is not in the table.
         ValueError: there is no method, or there are several baselines; a primary metric has no better direction or no
-            values of groups; or groups of a run are withheld: methods are ranked over the same groups.
+            values of groups; groups of a run are withheld: methods are ranked over the same groups; or values that
+            cannot be interpolated are not declared so.
     """
     cfg, baseline = specs[0].cfg, specs[0].baseline
     if any(spec.baseline is not baseline for spec in specs):
@@ -99,6 +104,7 @@ def read_paths(specs: list[RunSpec]) -> Paths:
             by_method.setdefault(spec.cfg.method.name, []).append(spec)
     if not by_method:
         raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")
+    between = {method: _is_interpolated(settings) for method, settings in by_method.items()}
     table, groups = read_table(cfg.name, project_path(cfg.results)), read_groups(cfg.results, cfg.name)
     roles = primary_metrics(cfg)
     primary_metric = next(name for name, role in roles.items() if role != "quality")
@@ -115,7 +121,7 @@ def read_paths(specs: list[RunSpec]) -> Paths:
         resampling, found = (cfg.bootstrap.n_resamples, cfg.bootstrap.seed, cfg.bootstrap.cluster), {}
         for method, settings in by_method.items():
             differences = [paired_differences(values_of_run(groups, spec.id, name), base) for spec in settings]
-            if len(settings) > 1 and _nothing(settings[0].cfg) is not None:
+            if between[method] and _nothing(settings[0].cfg) is not None:
                 differences.insert(0, paired_differences(base, base))
             found[method] = (1 if higher else -1) * fronts.resampled_means(differences, *resampling)
         return found, base
@@ -123,7 +129,7 @@ def read_paths(specs: list[RunSpec]) -> Paths:
     gains, base = means(primary_metric)
     losses, worth = _largest_losses([means(name) for name in qualities])
     n_units = len(set(clusters_of(base, cfg.bootstrap.cluster)))
-    return Paths(by_method, rows, gains, losses, primary_metric, qualities, worth, n_units)
+    return Paths(by_method, rows, gains, losses, primary_metric, qualities, worth, n_units, between)
 
 
 def _largest_losses(
@@ -196,7 +202,7 @@ def _compared(paths: Paths) -> tuple[dict[str, dict[str, Any]], dict[str, float]
             reached[name] = 0.0
     swept = [name for name in gains if name not in reached]
     if swept:
-        within = [fronts.best_gain_at_budget(gains[name], losses[name], LOSS * paths.worth) for name in swept]
+        within = [_best(paths, name) for name in swept]
         done = np.stack([np.nan_to_num(gain) for gain, _ in within], axis=-1)  # or else nothing
         ranks = 1 + (done[:, None, :] > done[:, :, None]).sum(axis=-1)
         for number, (name, (gain, place)) in enumerate(zip(swept, within, strict=True)):
@@ -221,6 +227,12 @@ def _share(name: str, estimates: np.ndarray) -> dict[str, float]:
     return {value: float(estimates[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
+def _best(paths: Paths, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a method's largest gain within the loss, and its place on the path, [1 + R] each."""
+    gains, losses = paths.gains[method], paths.losses[method]
+    return fronts.best_gain_at_budget(gains, losses, LOSS * paths.worth, paths.between[method])
+
+
 def chosen_values(paths: Paths) -> dict[str, Any]:
     """Return the value of its hyperparameter at which each method of a sweep gains most within the loss."""
     chosen = {}
@@ -228,15 +240,20 @@ def chosen_values(paths: Paths) -> dict[str, Any]:
         configs = [spec.cfg for spec in specs]
         if not isinstance(configs[0].hyperparameter, int):
             continue
-        values = [OmegaConf.select(one.method, one.method.metadata.hyperparameter.setting) for one in configs]
-        if (nothing := _nothing(configs[0])) is not None and len(configs) > 1:
-            values.insert(0, nothing)
-        values = [OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for value in values]
-        _, places = fronts.best_gain_at_budget(paths.gains[method][0], paths.losses[method][0], LOSS * paths.worth)
-        place = float(places) if places > 0 else float(nothing is not None)  # what does nothing is no choice
-        before, after = values[int(place)], values[ceil(place)]
-        chosen[method] = _between(before, after, place - int(place))
+        values, place = [_value(one) for one in configs], np.nan_to_num(_best(paths, method)[1][0])
+        if not paths.between[method]:
+            chosen[method] = values[int(place)]
+            continue
+        if (nothing := _nothing(configs[0])) is not None:
+            values, place = [nothing, *values], place or 1.0  # what does nothing is no choice
+        chosen[method] = float(f"{np.interp(place, range(len(values)), values):.3g}")
     return chosen
+
+
+def _value(cfg: DictConfig) -> Any:
+    """Return the value of a method's hyperparameter, lists and dictionaries as plain ones."""
+    value = OmegaConf.select(cfg.method, cfg.method.metadata.hyperparameter.setting)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _nothing(cfg: DictConfig) -> float | None:
@@ -244,12 +261,24 @@ def _nothing(cfg: DictConfig) -> float | None:
     return OmegaConf.select(cfg, "method.metadata.hyperparameter.nothing")
 
 
-def _between(before: Any, after: Any, share: float) -> Any:
-    """Return the value so far from one to another, to three digits; of lists one by one, whole numbers rounded."""
-    if isinstance(before, list):
-        return [_between(one, other, share) for one, other in zip(before, after, strict=True)]
-    value = before + share * (after - before)
-    return round(value) if isinstance(before, int) else float(f"{value:.3g}")
+def _is_interpolated(specs: list[RunSpec]) -> bool:
+    """Tell whether values between two settings of a method may be chosen: its hyperparameter's `interpolate`.
+
+    Raises:
+        ValueError: `interpolate` is neither true nor false, or is true of values that are no floating-point numbers.
+    """
+    first = specs[0].cfg
+    if len(specs) == 1:  # compared as it is
+        return False
+    declared = OmegaConf.select(first, "method.metadata.hyperparameter.interpolate", default=True)
+    key = f"metadata.hyperparameter.interpolate in method={first.method.name}"
+    if not isinstance(declared, bool):
+        raise ValueError(f"{key} must be true or false, got {declared!r}")
+    if declared and isinstance(first.hyperparameter, int):
+        values = [_value(spec.cfg) for spec in specs]
+        if not all(isinstance(value, float) for value in values):
+            raise ValueError(f"{key} must be false, or the values floating-point numbers, got {values}")
+    return declared
 
 
 def render(frame: pd.DataFrame) -> str:
@@ -290,11 +319,12 @@ def render(frame: pd.DataFrame) -> str:
 
 
 LEGEND = """\
-Gain: the most within that loss, at a setting or on the line between two. Rank: by it, with the 2.5 and 97.5 percentiles
-of resamples of the categories, the same for all methods. First: the share of these with the highest gain; within: with
-a setting within the loss; on the front: with a setting, at a loss of at most 5 %, that none of all others beats.
-Hypervolume: the area that all settings dominate up to that loss; methods that are alike, as a method and a combination
-with it, stand in for each other. Seconds: the machine's, of the median group at the setting that gains it."""
+Gain: the most within that loss, at a setting or on the line between two; at a setting alone where a method has no
+values between, such as whole numbers. Rank: by it, with the 2.5 and 97.5 percentiles of resamples of the categories,
+the same for all methods. First: the share of these with the highest gain; within: with a setting within the loss; on
+the front: with a setting, at a loss of at most 5 %, that none of all others beats. Hypervolume: the area that all
+settings dominate up to that loss; methods that are alike, as a method and a combination with it, stand in for each
+other. Seconds: the machine's, of the median group at the setting that gains it."""
 
 
 def write_ranking(plan: Plan) -> str:

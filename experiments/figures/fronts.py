@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures import style
 from experiments.figures.labels import Label, put_beside
+from experiments.runs import catalogue
 from experiments.tables.columns import filter_model
 from experiments.tables.selection import differences, pareto_front
 
@@ -20,7 +21,8 @@ def fronts(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -
     """Draw the gain of many methods against quality, a Frechet distance and seconds, as far as the table has them.
 
     Every method is a path from the baseline through its settings, weakest first, with a number at its strongest and
-    crosses for the 95 % intervals of what is on the front. A method keeps its number, colour and shape in all panels.
+    crosses for the 95 % intervals of what is on the front. A method without values between two settings has no line. It
+    keeps its number, colour and shape in all panels.
 
     Args:
         frame: an experiment's CSV, the runs of a method in the order of its settings.
@@ -77,6 +79,8 @@ def _looks(names: list[str], best: set[str]) -> dict[str, dict]:
             taken += 1
         else:
             looks[name] = {"color": style.FAINT, "marker": ".", "linestyle": "-", "alpha": 0.7, "zorder": 2}
+        if name in catalogue.entries() and not catalogue.entries()[name].between:
+            looks[name]["linestyle"] = "none"
     return looks
 
 

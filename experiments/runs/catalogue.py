@@ -26,6 +26,7 @@ class Entry(NamedTuple):
         colour: its colour in every figure, one of `PALETTE`; None: a colour that no other method of a figure has.
         control: whether it is a negative control, which is never ranked with methods.
         summary: a line for lists: that of its class, or the title that its file gives it.
+        between: whether it has values between two settings of its hyperparameter.
     """
 
     columns: tuple[Setting, ...]
@@ -33,6 +34,7 @@ class Entry(NamedTuple):
     colour: str | None
     control: bool = False
     summary: str = ""
+    between: bool = True
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def entries() -> dict[str, Entry]:
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
         title, control = metadata.get("title") or method.title, bool(metadata.get("control"))
         summary = metadata.get("title") or (method.__doc__ or title).splitlines()[0]
-        methods[spec["name"]] = Entry(method.columns, title, colour, control, summary)
+        between = (metadata.get("hyperparameter") or {}).get("interpolate", True)
+        methods[spec["name"]] = Entry(method.columns, title, colour, control, summary, between)
     return methods
 
 

@@ -56,6 +56,27 @@ def test_losses_that_are_not_monotone_do_not_end_a_path():
 
 @settings(max_examples=50, deadline=None)
 @given(POINTS)
+def test_without_interpolation_the_best_gain_is_the_largest_of_the_settings_within_the_budget(points):
+    gains, losses = points
+    best, positions = best_gain_at_budget(gains, losses, 0.3, interpolate=False)
+    walked, _ = best_gain_at_budget(gains, losses, 0.3)
+    for path, row, gain, position, upper in zip(gains, losses, best, positions, walked, strict=True):
+        within = [place for place in range(len(path)) if row[place] <= 0.3]
+        if not within:
+            assert np.isnan(gain) and np.isnan(position) and np.isnan(upper)
+            continue
+        assert position == min(within, key=lambda place: (-path[place], place)) and gain == path[int(position)] <= upper
+
+
+def test_a_step_function_gains_what_was_measured_and_not_what_lies_between():
+    """Losses of 1 and 3 at a budget of 2: halfway if the method may lie between, else the weaker setting."""
+    path = np.array([0.1, 0.3]), np.array([1.0, 3.0]), 2.0
+    assert best_gain_at_budget(*path) == pytest.approx((0.2, 0.5))
+    assert best_gain_at_budget(*path, interpolate=False) == (0.1, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(POINTS)
 def test_the_front_has_the_points_that_no_other_dominates(points):
     gains, losses = points
     for path, row, front in zip(gains, losses, on_front(gains, losses, 0.6), strict=True):

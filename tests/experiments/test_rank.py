@@ -1,9 +1,13 @@
 """Experiments over every method's hyperparameter: its values, the chosen ones, and the ranking."""
 
+import functools
+
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from plans import plan_of
 
@@ -46,6 +50,8 @@ def test_every_hyperparameter_has_four_values_and_a_column_in_tables(model):
     for method in swept_methods(model, pending=True):
         assert len({str(value) for value in HYPERPARAMETERS[method]["values"][model]}) == 4
         assert HYPERPARAMETERS[method]["setting"].rpartition(".")[2] in in_tables
+        if HYPERPARAMETERS[method].get("interpolate", True):
+            assert all(isinstance(value, float) for value in HYPERPARAMETERS[method]["values"][model]), method
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,12 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         )
         values = HYPERPARAMETERS[row["method"]]["values"]
         values = np.array(values.get("sdxl", values["mini-sdxl"]))
+        if not HYPERPARAMETERS[row["method"]].get("interpolate", True):
+            allowed = -kept <= row["loss"]
+            best = gains[allowed].argmax() if allowed.any() else 0
+            assert chosen["sdxl"][row["method"]] == values[allowed if allowed.any() else slice(None)][best].tolist()
+            assert not allowed.any() or row["gain"] == pytest.approx(gains[allowed][best], rel=1e-4)
+            continue
         if "nothing" in HYPERPARAMETERS[row["method"]]:  # from which the path begins
             gains, kept, values = (np.insert(of, 0, zero) for of, zero in ((gains, 0), (kept, 0), (values, 5.0)))
         n, value = len(values), np.array(chosen["sdxl"][row["method"]])
@@ -150,23 +162,31 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         assert at(peers[method].method, HYPERPARAMETERS[method]["setting"]) == value
 
 
-@pytest.fixture
-def laid_grid(monkeypatch):
+@pytest.fixture(scope="module")
+def laid_plans():
+    """Return a function that composes the grid of one method at few steps, once for all tests."""
+    return functools.cache(
+        lambda method, *overrides: plan_of(
+            ["experiment=few_steps_peers_grid", f"method=none,{method}", "bootstrap.n_resamples=99", *overrides]
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def laid_grid(laid_plans):
     """Return a function that lays down the grid of one method at few steps and reads it.
 
-    At the four settings, distance gains 0.1 to 0.4. CLIPScore and realism lose these shares of their baseline's value.
+    By default distance gains 0.1 to 0.4 at the four settings, and CLIPScore and realism lose other shares.
     """
     bases = {"clip_score": 50, "realism_efflite0_40": 0.8}
-    losses = {"clip_score": [0, 0, 0.01, 0.02, 0.05], "realism_efflite0_40": [0, 0, 0.05, 0.1, 0.2]}
 
-    def read(*overrides):
-        plan = plan_of(
-            ["experiment=few_steps_peers_grid", "method=none,lower_guidance", "bootstrap.n_resamples=99", *overrides]
-        )
-        table, groups = [], []
+    def read(*overrides, method="lower_guidance", gains=(0.1, 0.2, 0.3, 0.4), clip=(0, 0.01, 0.02, 0.05),
+             realism=(0, 0.05, 0.1, 0.2)):  # fmt: skip
+        plan, table, groups = laid_plans(method, *overrides), [], []
+        losses = {"clip_score": (0, *clip), "realism_efflite0_40": (0, *realism)}
         for number, spec in enumerate(plan.runs):
             spec.id = f"{number:012d}"
-            values = {"pairwise_distance_aligned": 0.2 + 0.1 * number}
+            values = {"pairwise_distance_aligned": 0.2 + (0, *gains)[number]}
             values |= {name: bases[name] * (1 - losses[name][number]) for name in losses}
             for metric, value in values.items():
                 row = {"run_id": spec.id, "metric": metric, "higher_is_better": True, "n_withheld": 0, "seconds": 1}
@@ -174,9 +194,10 @@ def laid_grid(monkeypatch):
                 for category in ("cat", "dog", "hat", "car"):
                     place = {"category": category, "prompt_id": category, "group_seed": "0"}
                     groups.append({"run_id": spec.id, "metric": metric, "n_images": 4, "value": value} | place)
-        monkeypatch.setattr(rank, "read_table", lambda *_: pd.DataFrame(table))
-        monkeypatch.setattr(rank, "read_groups", lambda *_: pd.DataFrame(groups))
-        return rank.read_paths(plan.runs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rank, "read_table", lambda *_: pd.DataFrame(table))
+            patch.setattr(rank, "read_groups", lambda *_: pd.DataFrame(groups))
+            return rank.read_paths(plan.runs)
 
     return read
 
@@ -192,6 +213,56 @@ def test_every_measure_of_quality_limits_the_choice(laid_grid):
     clip_score = laid_grid("primary.quality=clip_score")
     assert rank.chosen_values(clip_score) == {"lower_guidance": 1.92}
     assert rank.rows_of_model(clip_score)[0]["loss"] == pytest.approx(0.025 * 50)
+
+
+def test_a_method_of_single_steps_is_chosen_and_ranked_at_a_measured_value(laid_grid):
+    """The losses of the test above: realism reaches its limit after the first of the four values."""
+    interval = laid_grid(method="limited_interval")
+    assert rank.chosen_values(interval) == {"limited_interval": [0.28, 20.0]}
+    (row,) = rank.rows_of_model(interval)
+    assert row["gain"] == pytest.approx(0.1) and row["settings"] == 4
+    lost = laid_grid(method="diversity_distillation", realism=(0.03, 0.05, 0.1, 0.2))  # whose 0 does nothing
+    assert rank.chosen_values(lost) == {"diversity_distillation": 1}, "the weakest"
+    assert "gain" not in rank.rows_of_model(lost)[0]
+
+
+SHARES = st.tuples(*[st.integers(-3, 6).map(lambda n: n / 100)] * 4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(gains=SHARES, clip=SHARES, realism=SHARES)
+@pytest.mark.parametrize("method", ["limited_interval", "diversity_distillation", "rewriting"])
+def test_without_interpolation_every_choice_was_measured(laid_grid, method, gains, clip, realism):
+    paths = laid_grid(method=method, gains=gains, clip=clip, realism=realism)
+    values = HYPERPARAMETERS[method]["values"]["mini-sdxl"]
+    within = [place for place in range(4) if max(clip[place], realism[place]) <= rank.LOSS]
+    best = max(within, key=lambda place: gains[place], default=0)
+    (chosen,) = rank.chosen_values(paths).values()
+    assert chosen in values
+    if within:
+        assert gains[values.index(chosen)] == gains[best]
+    else:
+        assert chosen == values[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "interpolate", "message"),
+    [
+        (
+            "best_of",
+            True,
+            r"interpolate in method=best_of must be false, or the values floating-point.*\[5, 6, 8, 12\]",
+        ),
+        ("limited_interval", True, "interpolate in method=limited_interval must be false, or the values"),
+        ("lower_guidance", "no way", "interpolate in method=lower_guidance must be true or false, got 'no way'"),
+    ],
+)
+def test_values_that_have_nothing_between_must_be_declared(method, interpolate, message):
+    plan = plan_of(["experiment=few_steps_peers_grid", f"method=none,{method}"])
+    for spec in plan.runs[1:]:
+        OmegaConf.update(spec.cfg, "method.metadata.hyperparameter.interpolate", interpolate, force_add=True)
+    with pytest.raises(ValueError, match=message):
+        rank.read_paths(plan.runs)
 
 
 def test_other_choices_stay(grid):
