@@ -39,8 +39,9 @@ def attach(
             image = pipe("a photo of a cartoon mouse").images[0]
 
     Every call of the pipeline in the block is checked. A call that compared no token raises RuntimeError and says why;
-    one in which no token exceeded the threshold warns. A call of another pipeline that shares the denoiser, such as a
-    refining second pass, runs unchanged and warns. A copy or pickle of the pipeline is not attached.
+    one in which no token exceeded the threshold warns, as does one whose references were pure noise in every step that
+    took part. A call of another pipeline that shares the denoiser, such as a refining second pass, runs unchanged and
+    warns. A copy or pickle of the pipeline is not attached.
 
     Args:
         pipe: a pipeline of `negtome.architectures`, such as `StableDiffusionXLPipeline`, `FluxPipeline` or
@@ -256,6 +257,8 @@ class Attachment:
             return
         stats.check_active_steps(self.config, timesteps, active, run.reader.order)  # the schedule may be unknown
         stats.check_pushed(self.config, self.sites, compared, pushed, highest)
+        if pushed and self._hook is not None and self._hook.references is not None:
+            self._hook.references.warn_of_pure_noise([step.timestep for step in run.steps if step.active])
 
     @contextlib.contextmanager
     def _suspended(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Add reference images as further rows to the denoiser's batch, and remove them from its output."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from negtome.hooks import Layout, Route
 from negtome.merge import Matching
 from negtome.reference import Reference, fit, token_mask
 from negtome.sites import feature_maps
+
+#: Training timestep of a flow from which at most 0.01 % of a noised reference is the image.
+PURE_NOISE = 999.9
 
 
 class _Encoded(NamedTuple):
@@ -166,6 +170,18 @@ class ReferenceBatch:
                     _put(value_at(extended, name), row, layout, start, stop, call.conditional)
             start = stop
         return extended, layout
+
+    def warn_of_pure_noise(self, timesteps: Sequence[float]) -> None:
+        """Warn if a reference held nothing of its image in any of the training timesteps that took part."""
+        is_flow = hasattr(self._encoder.scheduler, "scale_noise")
+        noised = any(reference.noise for reference in self._distinct)
+        if is_flow and noised and min(timesteps) >= PURE_NOISE:
+            warnings.warn(
+                "NegToMe pushed the images away from pure noise: the first step of a flow model holds nothing of a "
+                "reference image, and no later step took part. Choose step_range=(0, 1) or a wider timestep_range.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def _plan(self, pipe: Any, call: DenoiserCall, fewest_tokens: int) -> _Plan:
         """Lay out the batch of a call, and everything that later calls with the same prompts need."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, io, ui
+from server import PromptServer
 
 from negtome.merge import REFERENCES
 from negtome.patcher import KEY, SETTINGS, GroupPush, PushSettings, ReferencePush, read_settings
@@ -21,15 +22,16 @@ def _settings_inputs() -> list[Any]:
             min=-5,
             max=5,
             step=0.05,
-            tooltip="Strength of the push. Negative values pull images together; 0 is off. For few steps of the Flux "
-            "family, begin with 0.45.",
+            tooltip="Strength: higher is more different, and too high spoils the images. Negative values pull images "
+            "together; 0 is off. For few steps of the Flux family, begin with 0.45.",
         ),
         io.Combo.Input(
             "settings",
             options=list(SETTINGS),
-            tooltip="Published: threshold 0.7 and timesteps 800 to 1000 for SDXL and SD1.5, 0.65 and 900 to 1000 for "
-            "the Flux family. Few steps, for turbo and lightning models: the first step, threshold 0.5 for SDXL and "
-            "SD1.5, 0.8 for the Flux family. Only the custom settings read the values below.",
+            default=SETTINGS[0],
+            tooltip="Published: the numbers of the paper, for models of 20 steps or more. Few steps: for turbo, "
+            "lightning and schnell models of at most 8 steps; acts in the first step. Custom: the values below, "
+            "which the other two do not read.",
         ),
         io.Float.Input(
             "threshold",
@@ -37,16 +39,32 @@ def _settings_inputs() -> list[Any]:
             min=-1,
             max=1,
             step=0.01,
-            tooltip="Cosine similarity that a match must exceed before a token moves. 1 is off.",
+            tooltip="Custom settings only. A part of the image (token) moves if its most similar part elsewhere is "
+            "more similar than this. Lower: more parts move. 1 is off.",
         ),
-        io.Float.Input("start_percent", default=0, min=0, max=1, step=0.01, tooltip="Where the timestep range begins."),
-        io.Float.Input("end_percent", default=0.2, min=0, max=1, step=0.01, tooltip="Where the timestep range ends."),
+        io.Float.Input(
+            "start_percent",
+            default=0,
+            min=0,
+            max=1,
+            step=0.01,
+            tooltip="Custom settings only. Share of the sampling at which it begins to act; 0 is the first step.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=0.2,
+            min=0,
+            max=1,
+            step=0.01,
+            tooltip="Custom settings only. Share of the sampling at which it ends. Later changes are of details.",
+        ),
         io.Int.Input(
             "first_steps",
             default=0,
             min=0,
             max=1000,
-            tooltip="Act in this many steps from the first one, whatever the percents. 0 uses the percents.",
+            tooltip="Custom settings only. Act in this many steps from the first one, whatever the percents; 0 uses "
+            "the percents.",
         ),
     ]
 
@@ -82,7 +100,9 @@ class NegToMeGroup(io.ComfyNode):
                 io.Combo.Input(
                     "reference",
                     options=list(REFERENCES),
-                    tooltip="What an image is pushed from: the first image, all previous ones, or all others.",
+                    default=REFERENCES[0],
+                    tooltip="What an image is pushed from: the first image, all previous ones, or all others. With "
+                    "first and previous, image 1 stays as it is without the node.",
                 ),
                 io.Int.Input(
                     "group_size", default=0, min=0, max=4096, tooltip="Images of a group; 0 is the whole batch."
@@ -112,10 +132,12 @@ class NegToMeReference(io.ComfyNode):
             description="Keeps images away from reference images, or from the masked area of them.",
             inputs=[
                 io.Model.Input("model"),
-                io.Vae.Input("vae"),
+                io.Vae.Input("vae", tooltip="The VAE of the model; it encodes the image."),
                 io.Image.Input("image", tooltip="One image, or a batch of images of one size."),
                 *_settings_inputs(),
-                io.Mask.Input("mask", optional=True, tooltip="Area to keep away from; none is the whole image."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White: the area to keep away from; none: the whole image."
+                ),
             ],
             outputs=[io.Model.Output(), ReportType.Output(display_name="report")],
         )
@@ -146,6 +168,7 @@ class NegToMeReport(io.ComfyNode):
             description="Connect the sampler's latent: the report is of the sampling pass before this node.",
             inputs=[ReportType.Input("report"), io.Latent.Input("latent")],
             outputs=[io.Latent.Output(), io.String.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -153,6 +176,8 @@ class NegToMeReport(io.ComfyNode):
     def execute(cls, report: Any, latent: Any) -> io.NodeOutput:
         """Return the latent unchanged, and the report's text."""
         text = report.text()
+        # The interface shows `ui.text` on its own Preview node only, but this on every node.
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
         return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
 
 

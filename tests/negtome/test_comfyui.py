@@ -22,11 +22,18 @@ def kind_of_value(kind):
 
 
 @pytest.fixture
-def nodes(monkeypatch):
+def shown():
+    """What the interface shows: (id of a node, text)."""
+    return []
+
+
+@pytest.fixture
+def nodes(monkeypatch, shown):
     """Import the folder of nodes as ComfyUI does, and return its node classes by their id."""
     kinds = ("Model", "Vae", "Image", "Mask", "Latent", "String", "Float", "Int", "Combo")
     io = SimpleNamespace(
-        ComfyNode=object,
+        ComfyNode=type("ComfyNode", (), {"hidden": SimpleNamespace(unique_id="7")}),
+        Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
         Schema=SimpleNamespace,
         NodeOutput=lambda *args, ui=None: SimpleNamespace(args=args, ui=ui),
         Custom=kind_of_value,
@@ -38,6 +45,8 @@ def nodes(monkeypatch):
     monkeypatch.setitem(sys.modules, "comfy.patcher_extension", SimpleNamespace(WrappersMP=wrappers))
     monkeypatch.setitem(sys.modules, "comfy_api", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
+    server = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append((node_id, text)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     monkeypatch.delitem(sys.modules, "integrations.comfyui.nodes", raising=False)
     extension = asyncio.run(importlib.import_module("integrations.comfyui").comfy_entrypoint())
     classes = asyncio.run(extension.get_node_list())
@@ -68,7 +77,7 @@ class Model:
 UNET = SimpleNamespace(input_blocks=[[SimpleNamespace(transformer_blocks=[])]], output_blocks=[])
 
 
-def test_a_group_acts_in_a_copy_of_the_model_and_other_patches_stay(nodes):
+def test_a_group_acts_in_a_copy_of_the_model_and_other_patches_stay(nodes, shown):
     model = Model(UNET, patches=["another node's"])
     execute = nodes["NegToMeGroup"].execute
     patched, report = execute(model, "first", 0, settings="published settings", **SETTINGS).args
@@ -91,6 +100,7 @@ def test_a_group_acts_in_a_copy_of_the_model_and_other_patches_stay(nodes):
     latent = {"samples": pushed}
     output = nodes["NegToMeReport"].execute(report, latent)
     assert output.args == (latent, output.ui) and "1 hook points fired in 1 of 1 model calls" in output.ui
+    assert shown == [("7", output.ui)]
 
 
 def test_a_reference_image_is_encoded_at_the_size_of_the_pass(nodes):

@@ -551,3 +551,18 @@ def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
     attachment = negtome.attach(pipe, config, references=Reference(PICTURE, posterior="sample"))
     with pytest.raises(ValueError, match='got a AutoencoderTiny; use "mode"'), attachment:
         generate(pipe)
+
+
+def test_a_reference_of_a_flow_that_acts_in_pure_noise_alone_warns(tiny_flux):
+    def attached_images(image, **settings):
+        with negtome.attach(tiny_flux, CONFIGS["flux"].replace(**settings), references=Reference(image, noise=noise)):
+            return generate(tiny_flux)
+
+    noise = True
+    with pytest.warns(RuntimeWarning, match="pure noise") as caught:
+        images = [attached_images(image, step_range=(0, 0)) for image in (PICTURE, OTHER)]
+    assert torch.equal(*images)  # so the warning is right: the images do not depend on the reference
+    assert {record.filename for record in caught} == {tiny.__file__}  # whose line calls the pipeline
+    assert not torch.equal(*[attached_images(image, step_range=(0, 1)) for image in (PICTURE, OTHER)])
+    noise = False  # a clean reference is an image in every step
+    assert not torch.equal(*[attached_images(image, step_range=(0, 0)) for image in (PICTURE, OTHER)])
