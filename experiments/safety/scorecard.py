@@ -110,7 +110,7 @@ def outcomes(plan: Plan, groups: pd.DataFrame) -> list[dict[str, Any]]:
                 seconds["draw_seconds"] = mean(one["seconds"] for one in stats)
             row = {**labels, "asked": "protected" if asked else "allowed", "n": len(records), "run_id": run.id}
             row |= {end: ends[end] for end in ENDS}
-            if values:
+            if any(value["group"] in records for value in values):  # else these requests were not measured
                 row["answered"] = len(answered & end_of.keys())
                 row["steered_answered"] = sum(end_of[group] == "steered" for group in answered & end_of.keys())
             rows.append(row | {name: round(value, 4) for name, value in seconds.items()})
