@@ -56,7 +56,7 @@ peers: $(VENV)/.installed-experiments  ## NegToMe and every other method: settin
 few-steps-peers: $(VENV)/.installed-experiments  ## the same at 4 denoising steps on mini-sdxl
 	$(MAKE) peers PEERS="few_steps_peers_grid few_steps_peers"
 
-safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (20 minutes)
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (an hour)
 	$(PY) -m experiments floors experiment=safety_floors $(ARGS)
 	status=0; $(PY) -m experiments reproduce experiment=safety $(ARGS) || status=1; \
 	  $(PY) -m experiments scorecard experiment=safety $(ARGS) || exit 1; exit $$status
@@ -142,7 +142,7 @@ dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
 	$(PY) -m build --outdir outputs/dist
 	$(PY) -m twine check --strict outputs/dist/*
 
-types: $(VENV)/.installed-dev  ## mypy: the types of negtome/ and eval/
+types: $(VENV)/.installed-dev  ## mypy: the types of all packages
 	$(PY) -m mypy
 
 lint: types  ## ruff: rules and format; types; imports between packages; prose of README and docs

@@ -8,12 +8,15 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import itertools
+import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -21,6 +24,10 @@ import yaml
 from eval.files import cached_hash
 
 FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+#: Servers that did not answer: when, by `time.monotonic`, and why.
+_silent: dict[str, tuple[float, str]] = {}
 
 
 class Remote(NamedTuple):
@@ -210,8 +217,8 @@ class WeightsFacts:
         self._from_network(url, torch.hub.download_url_to_file, url, str(path))
 
     def _from_network(self, address: str | None, get: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        if not network_answers(address):
-            raise self.missing("the network is switched off or does not answer")
+        if reason := network_failure(address):
+            raise self.missing(reason)
         try:
             get(*arguments, **options)
         except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
@@ -255,17 +262,28 @@ def hub_cache(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
-def network_answers(url: str | None, timeout: float = 5.0) -> bool:
-    """Return whether a URL's server, or the Hugging Face hub for None, answers and `HF_HUB_OFFLINE` is not set.
+def network_failure(url: str | None, timeout: float = 5.0) -> str | None:
+    """Return why a URL's server, or the Hugging Face hub for None, cannot be asked; None if it answers.
 
-    The download libraries would retry for most of a minute.
+    The download libraries would retry for most of a minute. A server that did not answer is not asked again for a
+    minute.
+
+    Args:
+        timeout: seconds to wait for the server.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        return False
+        return "HF_HUB_OFFLINE is set"
+    address = urlsplit(url or constants.ENDPOINT)
+    server = f"{address.scheme}://{address.netloc}"
+    since, reason = _silent.get(server, (-math.inf, ""))
+    if time.monotonic() - since < 60:
+        return reason
     try:
-        get_session().head(url or constants.ENDPOINT, timeout=timeout)
-    except Exception:  # the kind of exception depends on the HTTP library of the installed version
-        return False
-    return True
+        get_session().head(url or server, timeout=timeout)
+    except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
+        reason = f"{server} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
+        _silent[server] = time.monotonic(), reason
+        return reason
+    return None

@@ -66,16 +66,10 @@ def synchronize(device: str) -> None:
 _ALTERNATIVES = {"timestep_range": "step_range", "step_range": "timestep_range"}
 
 
-def _is_overridden(spec: Any, setting: str | None) -> bool:
-    """Tell whether an override, and no interpolation, gives a setting of a method a value."""
-    if setting is None or OmegaConf.is_interpolation(spec, setting):
-        return False
-    return spec.get(setting) is not None
-
-
 def _strength(setting: str, times: float | None = None, *, _parent_: Any, _root_: Any) -> Any:
-    if _is_overridden(_parent_, _ALTERNATIVES.get(setting)):
-        return None
+    other = _ALTERNATIVES.get(setting)
+    if other is not None and not OmegaConf.is_interpolation(_parent_, other) and _parent_.get(other) is not None:
+        return None  # an override, and no interpolation, gives the other one a value
     metadata = OmegaConf.to_container(_parent_.metadata, resolve=True)
     older = metadata.get("older_settings", {}) if _root_.older_protocol else {}
     by_model = {**metadata["settings_by_model"], **older}

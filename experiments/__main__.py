@@ -59,8 +59,11 @@ def _file(command: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run a command, given its name and its arguments, and return the exit code: 2 for input that it cannot use."""
+def main(argv: Sequence[str], typed: str | None = None) -> int:
+    """Run a command, given its name and its arguments, and return the exit code: 2 for input that it cannot use.
+
+    Messages begin with `typed`, the command that the user typed, if it has another name there.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         for command in COMMANDS:
@@ -74,12 +77,13 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(describe(command))
         return 0
+    typed = typed or command
     signal.signal(signal.SIGINT, _interrupt)
     try:
         return importlib.import_module(COMMANDS[command]).main(arguments) or 0
     except KeyboardInterrupt as interruption:
         kept = str(interruption) or "What is complete is on disk: the same command goes on from there."
-        print(f"\n{command}: interrupted. {kept}", file=sys.stderr, flush=True)
+        print(f"\n{typed}: interrupted. {kept}", file=sys.stderr, flush=True)
         os._exit(130)  # not waiting for other processes: they end with this one, and leave whole files only
     except Exception as error:
         from hydra.errors import HydraException
@@ -90,8 +94,8 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("NEGTOME_TRACEBACK") or not isinstance(error, of_input):
             raise
         if isinstance(error, MissingMandatoryValue):
-            return _refuse(command, f"{error.full_key} has no value: give {error.full_key}=VALUE")
-        return _refuse(command, str(error))
+            return _refuse(typed, f"{error.full_key} has no value: give {error.full_key}=VALUE")
+        return _refuse(typed, str(error))
 
 
 def run_module(file: str) -> None:

@@ -166,7 +166,7 @@ def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, An
     return columns, images
 
 
-def _read_score(file: Path, images: ImageSet, metrics: dict[str, set[type]]) -> list[dict[str, Any]]:
+def _read_score(file: Path, images: ImageSet, metrics: dict[str, set[Any]]) -> list[dict[str, Any]]:
     """Return what was measured, by column: a row a group, or one where groups have no number of their own."""
     document = read_document(file)
     name, version = document["metric"], document["version"]

@@ -78,7 +78,7 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     The former name of hyperparameter=, knob=, is replaced with a warning.
 
     Raises:
-        ValueError: an argument begins with a dash, or chooses one of Hydra's own launchers.
+        ValueError: an argument begins with a dash, has no value, or chooses one of Hydra's own launchers.
     """
     overrides = [text for text in arguments if text not in ("-m", "--multirun")]
     for position, text in enumerate(overrides):
@@ -87,6 +87,8 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
             bare = text.lstrip("-")
             meant = bare if "=" in bare or "=" in following or not following else f"{bare}={following}"
             raise ValueError(f"expected settings such as model=sdxl, got {text}: use {meant}, without dashes")
+        if "=" not in text and not text.startswith("~"):
+            raise ValueError(f"expected settings such as model=sdxl, got {text}: use experiment={text} or {text}=VALUE")
         if text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher.")):
             raise ValueError(
                 f"expected a launcher of conf/launcher, got {text}: processes divide the runs without one (workers=N), "
@@ -105,29 +107,33 @@ def _jobs(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     both count; without such a value, the further sweep is left out.
     """
     overrides = check_overrides(overrides)
-    cfg = _compose_sweep(_naming(overrides))
-    swept, overridden = _axes(cfg.hydra.sweeper.get("params") or {}), _choices(overrides)
+    # The experiment, and Hydra's own settings, say what is swept.
+    by_text = {text: parsed(text) for text in overrides}
+    naming = [text for text, one in by_text.items() if one.key_or_group == "experiment" or one.is_hydra_override()]
+    cfg = _compose_part("config", (*naming, "~method"))
+    if cfg is None:
+        cfg = _compose_all(tuple(naming))
+    swept, overridden = _choices(cfg.hydra.sweeper.get("params") or {}), _choices(overrides)
     jobs = _product({**swept, **overridden})
     for sweep in cfg.further_sweeps or ():
-        further = _axes(sweep)
+        further = _choices(sweep)
         common = {key: _common(overridden[key], further[key]) for key in further if key in overridden}
         if all(common.values()):
             jobs += _product({**swept, **further, **overridden, **common})
     return list({tuple(sorted(job)): job for job in jobs}.values())  # two sweeps may have the same run
 
 
-def _axes(params: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the overrides that a sweep's parameters stand for, by their keys."""
-    return _choices([f"{key}={value}" for key, value in params.items()])
-
-
-def _choices(overrides: Sequence[str]) -> dict[str, list[str]]:
+def _choices(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the overrides of single values that each override stands for, by their keys; a later one replaces others.
 
     `method.alpha=0.3,0.9` stands for `method.alpha=0.3` and `method.alpha=0.9`.
+
+    Args:
+        overrides: as texts, or the values of a sweep by their keys.
     """
     choices = {}
-    for text in overrides:
+    texts = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    for text in texts:
         override = parsed(text)
         key = override.get_key_element()
         is_sweep = override.is_sweep_override()
@@ -144,12 +150,6 @@ def _common(choices: Sequence[str], others: Sequence[str]) -> list[str]:
 def _product(choices: Mapping[str, list[str]]) -> list[tuple[str, ...]]:
     """List the product of all choices, as Hydra's basic sweeper does."""
     return [_baseline(job) if "method=none" in job else job for job in itertools.product(*choices.values())]
-
-
-def _naming(overrides: Iterable[str]) -> tuple[str, ...]:
-    """Return those overrides that say what is swept: an experiment, and Hydra's own settings."""
-    named = {text: parsed(text) for text in overrides}
-    return tuple(text for text in named if named[text].key_or_group == "experiment" or named[text].is_hydra_override())
 
 
 def _baseline(job: Iterable[str]) -> tuple[str, ...]:
@@ -247,25 +247,21 @@ def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
     """
     others = tuple(text for text in overrides if "method" not in _roots(text))
     of_method = [parsed(text) for text in overrides if text not in others]
-    cfg = method = None
+    method = rest = None
     if len(of_method) == 1 and _names_method(of_method[0]):
         settings_of_hydra = tuple(text for text in others if parsed(text).is_hydra_override())
-        method = _compose_method(of_method[0].value(), settings_of_hydra)
-        cfg = _compose_without_method(others)
-    if method is None or cfg is None or not OmegaConf.is_missing(cfg, "method"):
-        method, cfg = None, _compose_all(overrides)
-    cfg = copy.deepcopy(cfg)
+        method = _compose_part(f"method/{of_method[0].value()}", settings_of_hydra)
+        rest = _compose_part("config", (*others, "~method"))
+    # A method's file may have other settings too, and other files may have settings of methods.
+    is_apart = method is not None and set(method) == {"hydra", "method"}
+    if not is_apart or rest is None or not OmegaConf.is_missing(rest, "method"):
+        method, rest = None, _compose_all(overrides)
+    cfg = copy.deepcopy(rest)
     with open_dict(cfg):
         del cfg.hydra
     if method is not None:
-        cfg.method = method
+        cfg.method = method.method
     return cfg
-
-
-def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose an experiment with Hydra's settings, of the sweep and the launcher; nobody may change the result."""
-    cfg = _compose_without_method(overrides)
-    return _compose_all(overrides) if cfg is None else cfg
 
 
 @functools.lru_cache(maxsize=256)
@@ -274,28 +270,18 @@ def _compose_all(overrides: tuple[str, ...]) -> DictConfig:
     return _composed(overrides, return_hydra_config=True)
 
 
-@functools.lru_cache(maxsize=256)
-def _compose_without_method(overrides: tuple[str, ...]) -> DictConfig | None:
-    """Compose all files but the method's, with Hydra's settings; None if this fails. Nobody may change the result.
+@functools.lru_cache(maxsize=512)
+def _compose_part(name: str, overrides: tuple[str, ...]) -> DictConfig | None:
+    """Compose one file and those that it refers to, with Hydra's settings; nobody may change the result.
 
-    The method is missing in the result unless one of these files has settings of methods.
+    None if this fails: a defaults list may refer to files that are left out; and a mistake is explained elsewhere.
     """
     try:
-        return compose("config", [*overrides, "~method"], return_hydra_config=True)
-    except HydraException:  # a defaults list that refers to the method; or a mistake, which is explained elsewhere
-        return None
-
-
-@functools.lru_cache(maxsize=256)
-def _compose_method(name: str, settings_of_hydra: tuple[str, ...]) -> DictConfig | None:
-    """Compose a method's files alone; None if they have other settings, too. Nobody may change the result."""
-    try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*missing `_self_`")  # it is of no consequence here
-            cfg = compose(f"method/{name}", list(settings_of_hydra))
-    except HydraException:  # a defaults list that refers to other files; or a mistake, which is explained elsewhere
+            warnings.filterwarnings("ignore", ".*missing `_self_`")  # it is of no consequence for a method's file alone
+            return compose(name, list(overrides), return_hydra_config=True)
+    except HydraException:
         return None
-    return cfg.method if list(cfg) == ["method"] else None
 
 
 def _names_method(override: Override) -> bool:

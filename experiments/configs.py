@@ -24,13 +24,17 @@ def flag(cfg: DictConfig, name: str) -> bool:
     return value
 
 
-def build(spec: DictConfig) -> Any:
+def build(spec: DictConfig | dict[Any, Any]) -> Any:
     """Instantiate a configuration on this machine's device, without its `METADATA`.
+
+    Args:
+        spec: the configuration; a dictionary has no interpolations.
 
     Raises:
         FileNotFoundError, ValueError: those of the class itself, without Hydra's wrapping; or there is no such device.
     """
-    settings = without(OmegaConf.to_container(spec, resolve=True), *METADATA)
+    plain = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else spec
+    settings = without(plain, *METADATA)
     try:
         return instantiate(with_device(settings, select_device))
     except InstantiationException as error:

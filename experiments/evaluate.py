@@ -45,7 +45,7 @@ from experiments.runs.jobs import worker_devices
 from experiments.runs.locks import locked
 from experiments.runs.metrics import build_metric, left_out_lines, measured, metric_of_run
 from experiments.runs.preflight import fetch_all, of_scoring
-from experiments.runs.slurm import submit
+from experiments.runs.slurm import check_launcher, submit
 from experiments.runs.store import LOCKS, Run
 from experiments.runs.workers import parallel_map
 from experiments.tables.pages import with_interval
@@ -266,6 +266,8 @@ def _launch(plan: Plan) -> int:
     """Fetch here what jobs need to score a plan's runs, submit the jobs, and return the exit code."""
     for spec in plan.runs:
         Run.of(spec)  # fails here and not in every job
+    for fault in check_launcher(plan):
+        raise RuntimeError(fault.problem)
     if faults := of_scoring([spec.cfg for spec in generate.on_cpu(plan).runs], tables=False):
         for fault in fetch_all(faults):
             log.warning("not measured: %s: %s", ", ".join(fault.needed_by), fault.problem)
@@ -284,10 +286,10 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     if plan.cfg.images is not None:
         if len(models := dict.fromkeys(spec.cfg.model.name for spec in plan.runs)) > 1:
             raise ValueError(f"expected one model, whose scorer images are measured by, got {', '.join(models)}")
-        table, refused = evaluate_folder(plan.cfg)
+        table, reasons = evaluate_folder(plan.cfg)
         print(table.to_markdown(index=False, disable_numparse=True))
-        if refused:
-            print(_reasons({"": refused}))
+        if reasons:
+            print(_reasons({"": reasons}))
         return 0
     if plan.launcher:
         return _launch(plan)

@@ -34,19 +34,20 @@ from eval.images import count_withheld, read_withheld
 from experiments import project_path, start_log
 from experiments.configs import with_device
 from experiments.plan import Plan, RunSpec, run_names
+from experiments.runs import outlook
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.faults import Fault, listing
 from experiments.runs.jobs import RunJob, prepare_job
 from experiments.runs.locks import has_locks
 from experiments.runs.metrics import left_out_lines
 from experiments.runs.preflight import describe, examine, examine_and_fetch
-from experiments.runs.slurm import check_slurm, submit
+from experiments.runs.slurm import check_launcher, submit
 from experiments.runs.store import Run
 from experiments.runs.workers import generate_groups
 
 log = logging.getLogger(__name__)
 
-#: Prints what a command needs, in its place. Exit code 0, also where something is missing.
+#: Prints what a command needs, in its place. Exit code 0, also where something is missing; 2 for a wrong setting.
 DRY_RUN = "--dry-run"
 
 
@@ -112,16 +113,23 @@ def generate_jobs(plan: Plan, jobs: list[RunJob]) -> None:
 
 
 def refuse(faults: list[Fault], tables: bool) -> int:
-    """Print all faults, and return the exit code."""
+    """Print all faults, and return the exit code.
+
+    Args:
+        tables: whether the command is reproduce, which makes tables.
+    """
     if len(faults) == 1 and len(faults[0].lines()) == 1:
         raise ValueError(faults[0].problem)
-    print(f"generate: {len(faults)} faults, and no image was made:\n{listing(faults)}", file=sys.stderr)
+    command = "reproduce" if tables else "generate"
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    print(f"{command}: {count}, and no image was made:\n{listing(faults)}", file=sys.stderr)
     can_be_fetched = [bool(fault.fetch) for fault in faults]
     if any(can_be_fetched) and not all(can_be_fetched):  # otherwise all were tried
         print("python -m experiments doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)
-    if any(fault.needed_by for fault in faults):
-        command = "python -m experiments generate with the same overrides and" if tables else "The same command with"
-        print(f"{command} metric=none makes the images alone; evaluate scores them later.", file=sys.stderr)
+    if models := [fault.name for fault in faults if fault.name.startswith("model=")]:
+        print(f"No image can be made without the weights of {', '.join(models)}.", file=sys.stderr)
+    elif any(fault.needed_by for fault in faults):
+        print(outlook.without_metrics(tables), file=sys.stderr)
     return 2
 
 
@@ -132,17 +140,13 @@ def launch(stages: Sequence[str], plan: Plan, tables: bool = False) -> int:
         stages: the commands of each job; see `experiments.runs.slurm.submit`.
         tables: whether tables will be made, which need the primary metrics.
     """
-    check_slurm()  # before anything is fetched
+    if faults := check_launcher(plan):  # before anything is fetched
+        return refuse(faults, tables)
     if faults := examine_and_fetch(on_cpu(plan), tables, disk=False)[1]:
         return refuse(faults, tables)
     plan.write()
     submit(stages, plan)
     return 0
-
-
-def split_dry_run(argv: list[str]) -> tuple[list[str], bool]:
-    """Return a command line without `--dry-run`, and whether it was there."""
-    return [text for text in argv if text != DRY_RUN], DRY_RUN in argv
 
 
 def on_cpu(plan: Plan) -> Plan:
@@ -155,11 +159,12 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     """Generate; `experiments.reproduce` passes its plan, and goes on to scores and tables."""
     start_log()
     tables = plan is not None
-    overrides, is_dry = split_dry_run(argv)
-    plan = plan or Plan.of(overrides)
-    if is_dry:
+    plan = plan or Plan.of([text for text in argv if text != DRY_RUN])
+    if DRY_RUN in argv:
+        of_launcher = check_launcher(plan) if plan.launcher else []
         examined = on_cpu(plan) if plan.launcher else plan
-        print(*describe(examined, *examine(examined, tables, disk=not plan.launcher)), sep="\n")
+        jobs, faults = examine(examined, tables, disk=not plan.launcher)
+        print(*describe(examined, jobs, [*of_launcher, *faults], tables), sep="\n")
         return 0
     for line in left_out_lines(spec.cfg for spec in plan.runs):
         log.warning("%s", line)

@@ -62,10 +62,12 @@ class Plan:
     Attributes:
         runs: in the order of the sweep.
         launcher: settings of the jobs on other machines that make the runs; None if this process does.
+        is_read: whether the plan is from a file. It then replaces no other plan: the user may have written a newer one.
     """
 
     runs: list[RunSpec]
     launcher: DictConfig | None = None
+    is_read: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", str(self.cfg.name)):  # it names a folder of outputs, and files of results
@@ -111,13 +113,13 @@ class Plan:
             FileNotFoundError, ValueError, HydraException: see `make` and `read`; or an override would change the runs
                 of the file.
         """
-        overrides = compose.check_overrides(arguments)
-        files = [text.removeprefix("plan=") for text in overrides if text.startswith("plan=")]
+        files = [text.removeprefix("plan=") for text in arguments if text.startswith("plan=")]
         if not files:
-            return cls.make(overrides)
+            return cls.make(arguments)
         plan, of_launcher = cls.read(Path(files[-1]).expanduser()), []
         plan.add_ids(complete_runs(plan.file))  # the file may be a copy that was made for jobs
-        for override in (compose.parsed(text) for text in overrides if not text.startswith("plan=")):
+        others = compose.check_overrides([text for text in arguments if not text.startswith("plan=")])
+        for override in map(compose.parsed, others):
             if override.key_or_group.split(".")[0] == "launcher":
                 of_launcher.append(override.input_line)
             elif override.key_or_group not in OF_STAGES:
@@ -145,6 +147,7 @@ class Plan:
             settings = config_digest(cfg)
             specs.append(RunSpec(cfg, settings, ids.get(settings)))
         for spec, (_, baseline) in zip(specs, composed, strict=True):
+            assert baseline is not None  # all have one
             spec.baseline = specs[baseline]
         return cls(specs, specs[0].cfg.launcher or None)
 
@@ -169,14 +172,16 @@ class Plan:
                 spec.baseline = specs[run["baseline"]]
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"expected a plan in {file}, got other JSON ({error!r}): {CURE}") from error
-        return cls(specs)
+        return cls(specs, is_read=True)
 
     def write(self, file: Path | None = None) -> Path:
         """Write the plan, in the place of an earlier one whose complete runs stay known; return the file.
 
         Args:
-            file: where to; None: `self.file`.
+            file: where to; None: `self.file`, unless the plan `is_read` and the file exists.
         """
+        if file is None and self.is_read and self.file.exists():
+            return self.file
         file = self.file if file is None else file
         with locked(file.with_name(f".{file.name}.lock")):
             ids = complete_runs(file)

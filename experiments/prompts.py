@@ -97,10 +97,10 @@ class PromptSet:
         check_settings(self, "categories", "templates", "seeds", fewest=2)  # a single image has no diversity
         _check_ids(prompt_slug(prompt) for _, prompt in self.prompts())
         most = len(self.templates) * len(self.seeds)
-        if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
+        count = self.groups_per_category
+        if count is not None and (not isinstance(count, int) or not 1 <= count <= most):
             raise ValueError(
-                f"prompts.groups_per_category must be null (all) or in [1, {most}] "
-                f"(templates x seeds), got {self.groups_per_category}"
+                f"prompts.groups_per_category must be null (all) or in [1, {most}] (templates x seeds), got {count!r}"
             )
 
     def prompts(self) -> list[tuple[str, str]]:

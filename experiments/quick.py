@@ -69,9 +69,10 @@ def published_runs(plan: Plan, results: str = PUBLISHED) -> dict[str, str]:
             return {}
         versions = {get_object(metric._target_).version for metric in (spec.cfg.metric or {}).values()}
         runs_of_spec = {ids.get(code_digest(spec.settings, weights, version)) for version in versions}
-        if len(runs_of_spec) != 1 or None in runs_of_spec:
+        run = runs_of_spec.pop() if len(runs_of_spec) == 1 else None
+        if run is None:
             return {}
-        runs[spec.settings] = runs_of_spec.pop()
+        runs[spec.settings] = run
     return runs
 
 
@@ -147,7 +148,7 @@ def reproduce(argv: list[str], quick: Plan, plan: Plan) -> int:
             return code
     comparisons = sorted(compare(quick, plan), key=lambda comparison: comparison.score.role not in ROLES)
     for score, n_agree, deviations in comparisons:
-        worst = max(deviations, key=deviations.get)
+        worst = max(deviations, key=deviations.__getitem__)
         print(
             f"{score.spec.label}: {score.metric}: {n_agree} of {len(deviations)} groups agree, "
             f"largest deviation {100 * deviations[worst]:.2g} % of the mean ({worst})"

@@ -39,7 +39,7 @@ from experiments.configs import flag
 from experiments.plan import Plan, RunSpec
 from experiments.runs import catalogue
 from experiments.runs.identity import code_digest
-from experiments.runs.metrics import check_table, configured_metrics, primary_metrics
+from experiments.runs.metrics import check_table, measured, metric_of_run, primary_metrics
 from experiments.runs.store import Run
 from experiments.tables import columns
 from experiments.tables.groups import GROUPS, group_rows, put_groups
@@ -103,8 +103,9 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
             continue
         run.check_alike(baseline)
         roles, statistics = primary_metrics(spec.cfg), run.statistics()
-        for name, metric in configured_metrics(spec):
+        for name in measured(spec.cfg):
             if name in roles or not against:
+                metric = metric_of_run(spec, name)  # one by one, so that no two encoders need to be held at a time
                 reference = None if baseline == run else find_document(images(baseline), metric)
                 document = find_document(images(run), metric)
                 scores.append(Score(spec, run, name, roles.get(name), document, reference, statistics))
@@ -172,13 +173,16 @@ def setting_columns(call: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
         call: arguments of the model's call.
         settings: of the method. One of the call's arguments replaces the model's; None leaves it to the model.
     """
-    columns = {
+    of_call = {
         "guidance_scale": call.get("guidance_scale"),
         "true_cfg_scale": call.get("true_cfg_scale"),
         "steps": call.get("num_inference_steps"),
     }
-    columns |= {name: settings[name] for name in columns if settings.get(name) is not None}
-    return {**catalogue.cells(settings), **columns}
+    of_call |= {name: settings[name] for name in of_call if settings.get(name) is not None}
+    cells: dict[str, Any] = {}
+    for setting in catalogue.settings():
+        cells |= setting.cells(settings)
+    return cells | of_call
 
 
 def statistics_of(
@@ -186,45 +190,40 @@ def statistics_of(
 ) -> dict[str, Any]:
     """Return the columns that follow from a metric's document, and from that of the run it is paired with.
 
+    Differences are over the groups that both runs show.
+
     Args:
         cfg: has `bootstrap`, `primary.quality_margin`, `model.name` and `method.name`.
         name, role, document, reference: see `Score`.
     """
-    value, low, high = interval_of(document, **cfg.bootstrap)
-    return {
+    resampling, aggregate, higher = cfg.bootstrap, document["aggregate"], document["higher_is_better"]
+    value, low, high = interval_of(document, **resampling)
+    columns = {
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        **({} if reference is None else comparison(cfg, name, role, document, reference)),
-        "n_units": n_units(document, cfg.bootstrap.cluster),
+        "n_units": n_units(document, resampling.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
         "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
     }
-
-
-def comparison(
-    cfg: DictConfig, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the columns that compare a run with the one it is paired with, over the groups that both show."""
-    aggregate, higher = document["aggregate"], document["higher_is_better"]
-    withheld = {}
+    if reference is None:
+        return columns
     if document.get("withheld") or reference.get("withheld"):
-        withheld["n_paired"] = n_shared(document, reference)
-        if not withheld["n_paired"]:
+        columns["n_paired"] = n_shared(document, reference)
+        if not columns["n_paired"]:
             why = "it is of a whole set, and the runs' differ" if aggregate == SUBSETS else "the runs share no group"
             log.warning("%s %s: there is no difference in %s: %s", cfg.model.name, cfg.method.name, name, why)
-            return withheld
-    difference = difference_of(document, reference, **cfg.bootstrap)
-    columns = {
+            return columns
+    difference = difference_of(document, reference, **resampling)
+    columns |= {
         "difference": difference.difference,
         "difference_low": difference.low,
         "difference_high": difference.high,
-        **withheld,
     }
     # A number of a whole set has no results of groups that could be resampled.
     if aggregate != SUBSETS:
-        pairs, resampling = paired_differences(*shared_groups(document, reference), aggregate), cfg.bootstrap
+        pairs = paired_differences(*shared_groups(document, reference), aggregate)
         columns["p_value"] = bootstrap_t_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
         columns["effect_size"] = effect_size(pairs, resampling.cluster)
         columns["win_rate"] = None if higher is None else win_rate(pairs, higher, resampling.cluster)

@@ -1,11 +1,12 @@
 """Make the images of one prompt by any method of the benchmark that needs only a prompt, and the baseline's.
 
     negtome generate "a photo of a dog" --method cads
-    python -m experiments try "a photo of a dog" --method cads --model mini-flux -n 4 --seed 3 --steps 4
-    python -m experiments try --list                                the methods, with their titles
+    negtome generate "a photo of a dog" --method cads --model mini-flux -n 4 --seed 3 --steps 4
+    negtome generate --list                                         the methods of mini-sdxl, or of --model M
 
-The hyperparameter is the one that experiment=peers_grid chose for the model, else the default of the method's file.
---value X sets another. The baseline has the same seeds. --out DIR is for these settings alone (negtome-images/NAME).
+`python -m experiments try` takes the same options. The hyperparameter is the one that experiment=peers_grid chose for
+the model, else the default of the method's file. --value X sets another. The baseline has the same seeds. --out DIR is
+for these settings alone (negtome-images/NAME).
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -14,9 +15,11 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +32,7 @@ from experiments.demo.request import MAX_IMAGES, SEEDS, split_prompt
 from experiments.demo.watch import pictures
 from experiments.methods.method import Baseline
 from experiments.prompts import ConsecutiveGroup
+from experiments.runs import catalogue
 from experiments.runs.identity import short_digest
 from negtome.generate import OUT, check_writable
 from negtome.recipe import EMBEDDED
@@ -39,14 +43,14 @@ SETTINGS = "settings.json"
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; python -m experiments try --help shows examples")
+        raise ValueError(f"{message}; --method NAME --help shows examples")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="try", allow_abbrev=False, add_help=False)
     parser.add_argument("prompt", nargs="?")
     parser.add_argument("--method")
-    parser.add_argument("--value", type=json.loads)
+    parser.add_argument("--value", type=_number_or_range)
     parser.add_argument("--model", default=models.DEFAULT_MODEL)
     parser.add_argument("-n", dest="images", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -66,8 +70,8 @@ def main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     model = models.find(Path(options.model).name if options.model in EMBEDDED else options.model)
     if options.list:
-        for name, title in model.methods().items():
-            print(f"{name:<26} {title}")
+        for name in model.methods():
+            print(f"{name:<29} {catalogue.entries()[name].summary}")
         return
     _check(options, model)
     spec, text = _spec(model, options.method, options.value)
@@ -97,14 +101,25 @@ def main(argv: Sequence[str]) -> None:
         print(f"warning: {method.name} changed none of these images: make more of them, or give another --value")
 
 
+def _number_or_range(text: str) -> float | list[float]:
+    """Read a number, or two as [LOW,HIGH]."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+        if all(type(number) in (int, float) and isfinite(number) for number in numbers):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number, or two such as [0.28,5.42], got {text!r}")
+
+
 def _check(options: argparse.Namespace, model: models.Model) -> None:
     """Raise ValueError for options that no method can use."""
     names = model.methods()
+    if options.method is None:
+        raise ValueError("expected a method, such as --method cads, got none: --list lists them")
     if options.method not in names:
-        near = "".join(f", did you mean {one}?" for one in get_close_matches(str(options.method), names, 1))
+        near = "".join(f", did you mean {one}?" for one in get_close_matches(options.method, names, 1))
         raise ValueError(
-            f"expected a method that needs only a prompt on {model.name}, got {options.method}{near}: "
-            "python -m experiments try --list lists them"
+            f"expected a method that needs only a prompt on {model.name}, got {options.method}{near}: --list lists them"
         )
     if options.prompt is None or not options.prompt.strip():
         raise ValueError('expected a prompt, such as "a photo of a dog", got none')
@@ -125,6 +140,10 @@ def _spec(model: models.Model, name: str, value: Any) -> tuple[DictConfig, str]:
     if setting is None:
         raise ValueError(f"{name} has no hyperparameter: leave --value out")
     spec = setup.spec.copy()  # the model keeps its own
+    default = OmegaConf.select(spec, setting)
+    if default is not None and OmegaConf.is_list(default) != isinstance(value, list):
+        kind = "two numbers" if OmegaConf.is_list(default) else "a number"
+        raise ValueError(f"{setting} of {name} must be {kind}, such as {default}, got --value {value}")
     OmegaConf.update(spec, setting, value)
     return spec, f", {setting} {value}"
 

@@ -87,8 +87,8 @@ def _import(module: str, extra: str) -> Any:
 
 def _generate(arguments: list[str]) -> int:
     flags = {argument.split("=")[0] for argument in arguments}
-    if "--method" in flags:
-        return _run_in_checkout("try", arguments)
+    if {"--method", "--list"} & flags:
+        return _run_in_checkout("try", arguments, "generate --method")
     parser = _parser()
     if "--policy" in flags:  # needs the packages of negtome[guard]
         module = _import("negtome.serve.single", "guard")
@@ -113,8 +113,11 @@ def _one_line(error: BaseException) -> str:
     return printable if len(printable) <= LONGEST else f"{printable[:LONGEST]}..."
 
 
-def _run_in_checkout(command: str, arguments: list[str]) -> int:
-    """Run a command of the checkout that contains this package; a bare doctor also works without one."""
+def _run_in_checkout(command: str, arguments: list[str], typed: str | None = None) -> int:
+    """Run a command of the checkout that contains this package; a bare doctor also works without one.
+
+    Messages name `typed`, the command that the user typed, if it has another name there.
+    """
     checkout = Path(__file__).parents[1]
     complete = (checkout / "experiments" / "__init__.py").is_file() and importlib.util.find_spec("hydra") is not None
     if command == "doctor" and not arguments:
@@ -123,11 +126,11 @@ def _run_in_checkout(command: str, arguments: list[str]) -> int:
             return 0
     if not complete:
         raise ValueError(
-            f"{command} needs a checkout of the repository with its packages: git clone it, and run pip install -e "
-            "'.[demo]' there"
+            f"{typed or command} needs a checkout of the repository with its packages: git clone it, and run "
+            "pip install -e '.[demo]' there"
         )
     sys.path.insert(0, str(checkout))
-    code: int = importlib.import_module("experiments.__main__").main([command, *arguments])
+    code: int = importlib.import_module("experiments.__main__").main([command, *arguments], typed)
     return code
 
 
@@ -171,6 +174,10 @@ def _parser() -> argparse.ArgumentParser:
         "--timesteps", dest="config.timestep_range", type=_or_auto(low_high), action=_DeprecatedTimesteps,
         help=argparse.SUPPRESS,
     )  # fmt: skip
+    method.add_argument(
+        "--few-steps", action="store_true",
+        help="settings for models of at most 8 steps, in the first step alone; the options above change them",
+    )  # fmt: skip
     method.add_argument("--cross-attention", dest="config.cross_attention", action=argparse.BooleanOptionalAction)
     method.add_argument("--reference", metavar="FILE", help="an image to push away from")
     method.add_argument("--mask", metavar="FILE", help="where in that image, white on black, of its size")
@@ -187,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--policy", metavar="P", help="decide the prompt by this policy first; --policy P --help lists more options"
     )
-    run.add_argument("--method", metavar="M", help="another method, in a checkout; --method M --help lists its options")
+    run.add_argument(
+        "--method", metavar="M", help="another method, in a checkout; --list lists them, --method M --help its options"
+    )
     run.add_argument("--low-memory", action="store_true", default=False, help="keep idle parts off the GPU")
     return parser
 

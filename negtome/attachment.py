@@ -65,7 +65,8 @@ def attach(
         A context manager, for one block. Without `with`, call `remove()` on it, or `detach` if you lost it.
 
     Raises:
-        TypeError: the pipeline is not supported, the config is no NegToMeConfig, or a reference is no Reference.
+        TypeError: the pipeline is not supported, the config is no NegToMeConfig, a reference is no Reference, or
+            `on_step` cannot be called.
         ValueError: a block named in the config holds no site; `group_size` is out of range; `push` is combined with
             references; the pipeline cannot encode the references or makes videos; or it has a second denoiser.
         RuntimeError: the pipeline is attached already, its denoiser is split over processes, or it has a cache and is
@@ -118,6 +119,8 @@ class Attachment:
     ) -> None:
         if not isinstance(config, NegToMeConfig | None):
             raise TypeError(f"config must be a NegToMeConfig, or None, got a {type(config).__name__}.")
+        if on_step is not None and not callable(on_step):
+            raise TypeError(f"on_step must be a function of a StepReport, or None, got a {type(on_step).__name__}.")
         group_size = to_python_scalar(group_size)
         if group_size is not None:
             check_int("group_size", group_size, 2, advice="; use None for all images of a prompt.")

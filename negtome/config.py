@@ -29,7 +29,8 @@ class NegToMeConfig:
         timestep_range: (low, high) in training timesteps, 0 to 1000 with 1000 = pure noise, both ends inclusive
             (to 0.001, for the rounding of 1000 * sigma). None: SDXL (800, 1000), which is 10 of 50 steps, and Flux
             (900, 1000), which is 6 of 25 steps at 768x768 [R]; (900, 1000) for others, unpublished. [S]: SDXL
-            (600, 1000), 20 of 50 steps. It stays None where step_range is set.
+            (600, 1000), 20 of 50 steps. It stays None where step_range is set. A range that ends in
+            (0, 1] is refused: it looks like shares of the steps.
         step_range: which steps of a call take part, in place of timestep_range; setting both is an error. Two whole
             numbers, 0 to 999, are the first and the last step, both inclusive and counted from 0: (0, 0) is the first
             step alone. If one is a fraction, both are shares of the call's steps, 0 to 1: step i of n takes part if
@@ -275,6 +276,11 @@ def _check_timestep_range(value: object) -> tuple[float, float]:
         raise ValueError(
             f"timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g}); 1000 is pure noise, so the "
             f"steps from {low:g} down to {high:g} are ({high:g}, {low:g})."
+        )
+    if 0 < high <= 1:
+        raise ValueError(
+            f"timestep_range must be in training timesteps, 0 to 1000, got ({low:g}, {high:g}); for shares of steps, "
+            "from the first one of a call on, use step_range."
         )
     return low, high
 

@@ -22,8 +22,9 @@ import torch
 from negtome import image_files
 from negtome.architectures import ARCHITECTURES
 from negtome.attachment import Attachment, attach
+from negtome.config import NegToMeConfig
 from negtome.doctor import accelerator
-from negtome.model_files import INDEX, LORA, find_variants, read_index
+from negtome.model_files import INDEX, LORA, find_variants, hub_failure, read_index
 from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
@@ -168,6 +169,7 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     _check_model(recipe)
     # Without torch_dtype, transformers takes that of each text encoder's config, and diffusers float32 for the rest.
     options = {"torch_dtype": getattr(torch, recipe.dtype), "variant": recipe.variant, "use_safetensors": True}
+    options["local_files_only"] = not Path(recipe.model).is_dir() and hub_failure() is not None
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **options)
         if Path(recipe.model, LORA).is_file():
@@ -213,7 +215,8 @@ def _check_model(recipe: Recipe) -> None:
         # models/nope is a mistyped folder if models/ is there; owner/name may be a repository.
         repository = re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and not Path(model).parent.is_dir()
         hub = ", and no such repository can be read from the Hugging Face hub" if repository else ""
-        raise ValueError(f"no folder {model}{hub}")
+        reason = f": {hub_failure()}" if repository and hub_failure() else ""
+        raise ValueError(f"no folder {model}{hub}{reason}")
     # diffusers makes an empty tokenizer if its folder is absent, and meaningless images with it.
     components = [
         name for name, value in index.items() if isinstance(value, list) and isinstance(next(iter(value), None), str)
@@ -272,10 +275,14 @@ def recipe_from_args(arguments: Namespace) -> Recipe:
     if size is not None:
         values["width"], values["height"] = size
     if values.pop("without", False):
-        if settings:
+        if settings or "few_steps" in values:
             raise ValueError("--without cannot be combined with settings of NegToMe; leave one of them out")
         values["config"] = None
+    few_steps = values.pop("few_steps", False)
     recipe = Recipe.of(values.pop("prompt"), values.pop("model", None), **values)
+    if few_steps:
+        config = NegToMeConfig.few_step("unet" if "unet" in read_index(recipe.model) else "transformer")
+        recipe = recipe.replace(config=config)
     if options:
         merged = {**recipe.options, **dict(options)}
         recipe = recipe.replace(options={name: value for name, value in merged.items() if value is not Ellipsis})

@@ -27,12 +27,31 @@ def find_file(model: str, name: str) -> Path | None:
     return _fetch(model, name)
 
 
+def hub_failure() -> str | None:
+    """Return why the Hugging Face hub cannot be reached; None if it answers within seconds."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _failure(constants.ENDPOINT)
+
+
+@functools.lru_cache
+def _failure(server: str) -> str | None:
+    """Return why a server does not answer. The hub's own client would try again for more than a minute."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(server, timeout=5)
+    except Exception as error:  # each HTTP library raises its own kind
+        return f"{server} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
+    return None
+
+
 @functools.lru_cache
 def _fetch(repository: str, name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, local_files_only=hub_failure() is not None))
     except Exception:  # networks fail in many ways; loading the weights reports the reason
         return None
 
@@ -84,6 +103,8 @@ def _list_folder(folder: Path) -> list[str]:
 def _list_repository(repository: str) -> tuple[str, ...] | None:
     from huggingface_hub import HfApi
 
+    if hub_failure() is not None:
+        return None
     try:
         return tuple(HfApi().list_repo_files(repository))
     except Exception:  # as above

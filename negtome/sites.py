@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def find_architecture(pipe: Any) -> Architecture:
     Raises:
         TypeError: the pipeline is not supported.
     """
+    if isinstance(pipe, (str, PathLike)):
+        raise TypeError(f"Pass a loaded pipeline, got the name {str(pipe)!r}; load it with from_pretrained first.")
     pipeline_classes = {cls.__name__ for cls in type(pipe).__mro__}
     if "ModularPipeline" in pipeline_classes:
         return _find_modular(pipe)
@@ -25,10 +28,19 @@ def find_architecture(pipe: Any) -> Architecture:
             raise TypeError(f"Pass the pipeline, not its denoiser, got a {type(pipe).__name__}.")
         denoiser = unwrap(getattr(pipe, architecture.denoiser, None))
         denoiser_classes = {cls.__name__ for cls in type(denoiser).__mro__}
-        if pipeline_classes & set(architecture.pipelines) and architecture.denoiser_class in denoiser_classes:
-            return architecture
-    supported = "; ".join(f"{', '.join(a.pipelines)} with a {a.denoiser_class}" for a in ARCHITECTURES)
-    raise TypeError(f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are {supported}.")
+        if not pipeline_classes & set(architecture.pipelines):
+            continue
+        if architecture.denoiser_class not in denoiser_classes:
+            raise TypeError(
+                f"NegToMe needs a {architecture.denoiser_class} as the {architecture.denoiser} of this "
+                f"{type(pipe).__name__}, got a {type(denoiser).__name__}."
+            )
+        return architecture
+    supported = ", ".join(architecture.name for architecture in ARCHITECTURES)
+    raise TypeError(
+        f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are pipelines of {supported}, which "
+        "docs/pipelines.md lists."
+    )
 
 
 def _find_modular(pipe: Any) -> Architecture:

@@ -193,7 +193,7 @@ def _folder(name: str) -> Path:
     folder = project_path(name)
     if os.path.isfile(folder / "model_index.json"):  # False, not an error, for a name that no file can have
         return folder
-    if REPOSITORY.fullmatch(name) and not folder.exists():
+    if REPOSITORY.fullmatch(name) and not folder.parent.is_dir():  # else it is a mistyped folder
         cached = try_to_load_from_cache(name, "model_index.json")
         if isinstance(cached, str):
             return Path(cached).parent

@@ -19,7 +19,7 @@ OF_SETS = ("frechet", "fid")
 def fronts(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> Figure:
     """Draw the gain of many methods against quality, a Frechet distance and seconds, as far as the table has them.
 
-    Every method is a path from nothing done through its settings, weakest first, with a number at its strongest and
+    Every method is a path from the baseline through its settings, weakest first, with a number at its strongest and
     crosses for the 95 % intervals of what is on the front. A method keeps its number, colour and shape in all panels.
 
     Args:
@@ -53,7 +53,7 @@ def fronts(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -
         style.name_axes(axis, style.named(frame, primary_metric, True), y)
         axis.grid()
     style.legend_below(figure, *axes[:1], size=7.5 / style.TEXT)
-    style.head(figure, f"{model}: each method over its own setting")
+    style.head(figure, f"{model}: each method over its hyperparameter")
     for axis, labels in zip(axes, ends, strict=True):
         put_beside(axis, labels, "small")
     return figure
@@ -86,7 +86,7 @@ def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str],
     axis.axvline(0, color="black", linewidth=0.6)
     if origin["y"] == 0:
         axis.axhline(0, color="black", linewidth=0.6)
-    axis.plot(origin["x"], origin["y"], "o", color="black", label="nothing done", zorder=4)
+    axis.plot(origin["x"], origin["y"], "o", color="black", label="baseline", zorder=4)
     for number, name in enumerate(names, 1):
         rows = points[points["method"] == name]
         path = pd.concat([origin.to_frame().T, rows])

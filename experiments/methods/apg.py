@@ -54,7 +54,7 @@ class APG(Method):
         variant: "paper" (default), or "diffusers", as above.
     """
 
-    title = "adaptive projected guidance"
+    title = "APG"
     columns = (*numbers("eta", "norm_threshold", "momentum", "scale"), Setting("variant"))
     version = 1
 

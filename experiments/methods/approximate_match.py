@@ -175,7 +175,11 @@ class ApproximateMatch(NegToMe):
         if projection_dim is not None:
             check_int("method.projection_dim", projection_dim, 1, advice=" channels, or null for no projection.")
         check_int("method.seed", seed, 0, 2**63 - 1, advice=".")
-        self.approximation = {"reuse_sites": reuse_sites, "projection_dim": projection_dim, "seed": seed}
+        self.approximation: dict[str, Any] = {
+            "reuse_sites": reuse_sites,
+            "projection_dim": projection_dim,
+            "seed": seed,
+        }
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), **self.approximation}

@@ -85,8 +85,8 @@ class ContrastiveNoise(Method):
     def __post_init__(self) -> None:
         for name, least in (("inner_steps", 0), ("window", 1)):
             setattr(self, name, check_int(f"method.{name}", getattr(self, name), least, 1000))
-        for name, least in (("learning_rate", 0), ("temperature", 1e-3)):
-            setattr(self, name, check_float(f"method.{name}", getattr(self, name), least, math.inf))
+        for name, low in (("learning_rate", 0.0), ("temperature", 1e-3)):
+            setattr(self, name, check_float(f"method.{name}", getattr(self, name), low, math.inf))
         self.gamma = None if self.gamma is None else check_float("method.gamma", self.gamma, 1e-3, math.inf)
         if self.loss not in LOSSES:
             raise ValueError(f"method.loss must be one of {LOSSES}, got {self.loss!r}")
@@ -112,10 +112,10 @@ class ContrastiveNoise(Method):
         return GroupResult(images, {"losses": [round(loss, 4) for loss in losses]})
 
     def _loss(self, clean: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        size = [min(side, self.window) for side in clean.shape[2:]]
+        size = min(clean.shape[2], self.window), min(clean.shape[3], self.window)
         gamma = 1 / (self.temperature * math.log(len(clean) - 1) + 1) if self.gamma is None else self.gamma
-        pooled = (F.adaptive_avg_pool2d(latents, size) for latents in (clean, first.detach()))
-        return contrast(*pooled, self.temperature, gamma, self.loss)
+        moved, start = (F.adaptive_avg_pool2d(latents, size) for latents in (clean, first.detach()))
+        return contrast(moved, start, self.temperature, gamma, self.loss)
 
     @staticmethod
     def _first(

@@ -64,7 +64,7 @@ class IntervalGuidance(Method):
         outside: the distilled scale outside, at least 1, which has almost no effect.
     """
 
-    title = "limited interval"
+    title = "interval guidance"
     columns = (Setting("sigma_range", ("sigma_low", "sigma_high"), "sigma", number=True), *numbers("scale"))
     version = 1
 

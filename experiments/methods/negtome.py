@@ -20,7 +20,7 @@ class NegToMe(Method):
     """
 
     title = "NegToMe"
-    columns = (
+    columns: tuple[Setting, ...] = (
         Setting("matching", printed="never"),  # it is part of the methods' names
         Setting("reference", heading="from"),
         Setting("alpha", printed="always", number=True),
@@ -95,7 +95,7 @@ class NegToMeFromAssets(NegToMe):
         for setting, value in (("noise", noise), ("masks", masks)):
             if not isinstance(value, bool):
                 raise ValueError(f"method.{setting} must be true or false, got {value!r}")
-        self.reference = {"noise": noise, "posterior": posterior}
+        self.reference: dict[str, Any] = {"noise": noise, "posterior": posterior}
         if images is not None and images < 1:
             raise ValueError(f"method.images must be at least 1, or null for all of an asset, got {images}")
         self.images = images

@@ -111,7 +111,8 @@ class PromptMoG(Method):
         offsets_for = drawn_once(group, "prompt mog", draw)
 
         def change(tokens: torch.Tensor) -> torch.Tensor:
-            return mixed(tokens, *offsets_for(tokens), self.distance, self.sigma)
+            directions, noise = offsets_for(tokens)
+            return mixed(tokens, directions, noise, self.distance, self.sigma)
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
             return with_tokens(denoiser, arguments, change)

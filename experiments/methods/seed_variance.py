@@ -90,7 +90,8 @@ class SeedVariance(Method):
         noise_for = drawn_once(group, "seed variance", draw)
 
         def change(tokens: torch.Tensor) -> torch.Tensor:
-            return disturb(tokens, *noise_for(tokens), self.strength, self.relative)
+            noise, chosen = noise_for(tokens)
+            return disturb(tokens, noise, chosen, self.strength, self.relative)
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
             nonlocal step

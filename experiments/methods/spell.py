@@ -49,7 +49,7 @@ class SPELL(Method):
         overcompensation: lambda, at least 0: 1.6 in the paper.
     """
 
-    title = "shielded diffusion"
+    title = "SPELL"
     columns = numbers("radius")
     version = 1
 

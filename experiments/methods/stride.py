@@ -119,7 +119,8 @@ class STRIDE(Method):
         if not self.noise_length:
             yield MethodContext(dict(call))
             return
-        index, grid = 0, (0, 0)
+        index = 0
+        grid: tuple[int, ...] = (0, 0)
         noise: torch.Tensor | None = None
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The methods of conf/method/ with their titles, colours and columns, for tables and figures."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -26,12 +25,14 @@ class Entry(NamedTuple):
         title: its name in figures.
         colour: its colour in every figure, one of `PALETTE`; None: a colour that no other method of a figure has.
         control: whether it is a negative control, which is never ranked with methods.
+        summary: a line for lists: that of its class, or the title that its file gives it.
     """
 
     columns: tuple[Setting, ...]
     title: str
     colour: str | None
     control: bool = False
+    summary: str = ""
 
 
 @functools.cache
@@ -49,7 +50,8 @@ def entries() -> dict[str, Entry]:
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
         title, control = metadata.get("title") or method.title, bool(metadata.get("control"))
-        methods[spec["name"]] = Entry(method.columns, title, colour, control)
+        summary = metadata.get("title") or (method.__doc__ or title).splitlines()[0]
+        methods[spec["name"]] = Entry(method.columns, title, colour, control, summary)
     return methods
 
 
@@ -60,7 +62,8 @@ def controls() -> list[str]:
 
 def _read(name: str) -> dict[str, Any]:
     """Read a method's file, merged over the files in its defaults."""
-    spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
+    text = (PROJECT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
+    spec = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C: every command reads all files
     defaults: dict[str, Any] = {}
     for base in spec.get("defaults", ()):
         if isinstance(base, str) and base != "_self_" and "@" not in base:
@@ -73,11 +76,3 @@ def settings(*names: str) -> tuple[Setting, ...]:
     """Return the columns of the named methods, or of all methods, each once."""
     chosen = [entries()[name] for name in names if name in entries()] if names else list(entries().values())
     return tuple(dict.fromkeys(setting for entry in chosen for setting in entry.columns))
-
-
-def cells(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method's settings as the cells of a table's row, by the columns of all methods."""
-    row: dict[str, Any] = {}
-    for setting in settings():
-        row |= setting.cells(values)
-    return row

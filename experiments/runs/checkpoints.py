@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json, settled_status
-from eval.weights import Download, missing_vocabulary, network_answers
+from eval.weights import Download, missing_vocabulary, network_failure
 from experiments import PROJECT, project_path
 from negtome.model_files import LORA
 
@@ -417,8 +417,9 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
         if not missing_files(cached, model.architecture, model.variant):
             return cached
     problem = f"{model.source} is not in the hub's cache"
-    if not (fetch and network_answers(None)):
-        problem += ", and the network is switched off, not asked or does not answer"
+    if fetch and (reason := network_failure(None)):
+        raise FileNotFoundError(_advice(model, f"{problem}, and {reason}"))
+    if not fetch:
         raise FileNotFoundError(_advice(model, problem))
     try:
         folder = Path(snapshot_download(**arguments))

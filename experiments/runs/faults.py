@@ -4,7 +4,7 @@ Nothing is loaded or fetched. Every fault says what to do and, where possible, n
 the part that is missing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,7 @@ def of_method(method: Any) -> list[Fault]:
     """Find faults in the weights of the networks that a method holds, at any depth."""
     if isinstance(method, Scorer):
         return of_weights(method)
+    parts: Iterable[Any]
     if isinstance(method, Mapping):
         parts = method.values()
     elif isinstance(method, (list, tuple)):

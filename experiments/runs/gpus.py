@@ -17,8 +17,8 @@ class Device(NamedTuple):
     """A GPU: the peak of its dense matrix products of 16-bit factors, added up in 32 bits, and its memory.
 
     Attributes:
-        is_called: part of the name that CUDA gives it.
-        memory: in GB.
+        is_called: the name that CUDA gives it.
+        memory: in GB, as it is sold.
         teraflops: a second; the same for float16 and bfloat16.
         terabytes: of the memory, a second.
     """
@@ -41,6 +41,20 @@ class StepTime(NamedTuple):
 
 FACTS = yaml.safe_load((PROJECT / "conf" / "gpus.yaml").read_text(encoding="utf-8"))
 DEVICES = tuple(Device(**row) for row in FACTS["devices"])
+
+
+def find_device(name: str, total_memory: int) -> Device | None:
+    """Return the GPU of the table with a name and memory; None for all others, whose figures may differ by far.
+
+    An H100 PCIe, an A100 with 40 GB and an RTX 4090 of a laptop are slower than those of the table.
+
+    Args:
+        name, total_memory: of `torch.cuda`; the memory in bytes, a few percent less than it is sold as.
+    """
+    for device in DEVICES:
+        if name == device.is_called and 0.9 < total_memory / (device.memory * 2**30) <= 1.01:
+            return device
+    return None
 
 
 def image_size(model: DictConfig) -> tuple[int, int]:

@@ -21,11 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.files import cached_hash, canonical_json
 from experiments import PROJECT
-from experiments.configs import METADATA, build, flag, leaves, without
+from experiments.configs import METADATA, build, flag, leaves
 from experiments.methods.method import Method
 from experiments.prompts import PromptSet
 from experiments.runs import checkpoints
 
+#: Settings of methods that do not affect pixels: the device, the file of records and what describes the method.
+WITHOUT_EFFECT = ("device", "audit", *METADATA)
 #: Settings of methods that were added after tables were published: digests leave them out where they are null.
 LATER_SETTINGS = ("step_range",)
 #: Raise when experiments/generate.py would make other pixels from the same settings.
@@ -43,19 +45,6 @@ EARLIER_TARGETS = {
 def short_digest(value: Any) -> str:
     """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON; for a run's identity, its id."""
     return hashlib.sha256(canonical_json(value, compact=True).encode()).hexdigest()[:12]
-
-
-def run_identity(cfg: DictConfig, method: Method, weights: str, device: str) -> dict[str, Any]:
-    """Return everything that may change the pixels of a run; its `short_digest` is the run's id.
-
-    Args:
-        method: the configured method.
-        weights: the checkpoint's fingerprint.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-    return {"request": request(cfg, method), **provenance(method, weights, device)}
 
 
 def request(cfg: DictConfig, method: Method) -> dict[str, Any]:
@@ -97,12 +86,16 @@ def provenance(method: Method, weights: str | None, device: str) -> dict[str, An
     return {
         "weights": weights,
         "machine": {
-            # The name of a GPU, since kernels differ; CPUs differ less, and their names are not portable.
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type,
+            "device": kind_of_device(device),
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
         "code": method.version or None,  # the baseline has none: GENERATION_VERSION is in the request
     }
+
+
+def kind_of_device(device: str) -> str:
+    """Return the name of a GPU, since kernels differ; of other devices the type: CPUs differ less."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type
 
 
 def current_commit() -> str:
@@ -145,8 +138,7 @@ def config_digest(cfg: DictConfig) -> str:
     Raises:
         ValueError: a setting is out of range.
     """
-    # Device, file of records and metadata do not affect pixels.
-    method = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "audit", *METADATA)
+    method = OmegaConf.to_container(cfg.method, resolve=True)
     for key, value in leaves(method):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"method.{key} must be a finite number, got {value}")
@@ -164,10 +156,10 @@ def code_digest(settings: str, weights: str | None, metric_version: int) -> str:
 
 
 def _by_content(spec: Any) -> Any:
-    """Return a configuration in which digests of content replace the names of folders and files."""
+    """Return the settings of a method that affect pixels; digests of content replace the names of folders and files."""
     if isinstance(spec, dict):
-        later = {key for key in LATER_SETTINGS if spec.get(key) is None}
-        return {key: _by_content(value) for key, value in spec.items() if key not in later}
+        unused = {*WITHOUT_EFFECT, *(key for key in LATER_SETTINGS if spec.get(key) is None)}
+        return {key: _by_content(value) for key, value in spec.items() if key not in unused}
     if isinstance(spec, list):
         return [_by_content(value) for value in spec]
     if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):

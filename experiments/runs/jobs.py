@@ -5,7 +5,9 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from experiments.methods.method import Method
 from experiments.plan import RunSpec
 from experiments.prompts import Group
 from experiments.runs.checkpoints import Checkpoint
-from experiments.runs.identity import run_identity, short_digest
+from experiments.runs.identity import kind_of_device, provenance, request, short_digest
 from experiments.runs.store import RUNS, Run
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunTask:
-    """Everything that a process needs to generate a group of a run; model and method are JSON, already composed.
+    """Everything that a process needs to generate a group of a run.
 
+    `model` and `method` are JSON, already composed; empty in the task of a complete run.
     `edits` is the task of the run whose images an `EditedBaseline` edits; None for all other methods.
     """
 
@@ -70,23 +73,74 @@ def prepare_job(spec: RunSpec, checkpoint: Checkpoint, method: Method | None = N
     groups: list[Group] = build(cfg.prompts).groups()
     method = build(cfg.method) if method is None else method
     task, identity = _task(cfg, checkpoint, device, method)
-    if isinstance(method, EditedBaseline) and spec.baseline is not spec:
-        baseline = spec.baseline.cfg
-        task = replace(task, edits=_task(baseline, checkpoint, device, build(baseline.method))[0])
     run = task.run
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if damaged := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
         log.warning("%s: %d groups are made again, the first since %s", spec.label, len(damaged), damaged[0])
+    if missing:  # a complete run has no work for a process
+        task = _with_settings(task, cfg)
+        if isinstance(method, EditedBaseline) and spec.baseline is not spec:
+            baseline = spec.baseline.cfg
+            edits = _task(baseline, checkpoint, device, build(baseline.method))[0]
+            task = replace(task, edits=_with_settings(edits, baseline))
     return RunJob(spec, task, identity, groups, [*missing], devices)
 
 
+def jobs_of_other_device(specs: Sequence[RunSpec]) -> list[RunJob] | None:
+    """Return the jobs of runs that another kind of device has made, with nothing to generate.
+
+    So a machine without this device goes on to scores and tables.
+
+    Returns:
+        None if a run is incomplete, if several kinds of devices made the runs, if the kind is this machine's, or if
+        `device` is not auto, which asks for a device.
+
+    Raises:
+        ValueError: an image, a manifest or an identity was changed.
+    """
+    cfg = specs[0].cfg
+    ids = [spec.id for spec in specs]
+    runs = [Run(project_path(cfg.outputs) / RUNS / run) for run in ids if run]
+    if cfg.device != "auto" or None in ids or not all(run.complete for run in runs):
+        return None
+    devices = {run.identity["machine"]["device"] for run in runs}
+    here = kind_of_device(select_device(cfg.device))
+    if len(devices) > 1 or here in devices:
+        return None
+    (device,) = devices
+    jobs = []
+    for spec, run in zip(specs, runs, strict=True):
+        groups: list[Group] = build(spec.cfg.prompts).groups()
+        if fault := next(filter(None, map(run.fault, groups)), None):
+            raise ValueError(
+                f"{fault}: {device} made the run, so run the command there; device={select_device(cfg.device)} makes "
+                "all runs anew here"
+            )
+        checkpoint = Checkpoint(Path(), run.identity["weights"])  # not loaded
+        jobs.append(RunJob(spec, _task_of_run(spec.cfg, run, checkpoint, here), run.identity, groups, [], (here,)))
+    log.info("All %d runs are complete: %s made them, and this machine (%s) makes none", len(jobs), device, here)
+    return jobs
+
+
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:
-    """Return the task of a configuration whose method is built, and the run's identity."""
-    identity = run_identity(cfg, method, checkpoint.fingerprint, device)
+    """Return the task of a configuration whose method is built, without its settings; and the run's identity.
+
+    The identity is all that may change pixels.
+    """
+    identity = {"request": request(cfg, method), **provenance(method, checkpoint.fingerprint, device)}
     run = Run(project_path(cfg.outputs) / RUNS / short_digest(identity))
-    # JSON, because writing YAML takes 20 ms a run, also of a plan whose images all exist.
-    texts = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
-    return RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload), identity
+    return _task_of_run(cfg, run, checkpoint, device), identity
+
+
+def _task_of_run(cfg: DictConfig, run: Run, checkpoint: Checkpoint, device: str) -> RunTask:
+    """Return the task of a run whose folder is known, without its settings."""
+    return RunTask(run, checkpoint, device, "", "", cfg.compile, cfg.offload)
+
+
+def _with_settings(task: RunTask, cfg: DictConfig) -> RunTask:
+    """Return a task with its model and method, which takes 30 ms."""
+    model, method = (json.dumps(OmegaConf.to_container(part, resolve=True)) for part in (cfg.model, cfg.method))
+    return replace(task, model=model, method=method)
 
 
 def worker_devices(cfg: DictConfig, device: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The metrics of a configuration: which of them can be measured, and which a table tests."""
 
 import fnmatch
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from hydra.utils import get_class
@@ -78,11 +78,6 @@ def metric_of_run(spec: RunSpec, name: str) -> Metric:
     return build_metric(spec.cfg, name, str(Run.of(spec.baseline).folder) if compares else None)
 
 
-def configured_metrics(spec: RunSpec) -> Iterator[tuple[str, Metric]]:
-    """Build a run's metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
-    return ((name, metric_of_run(spec, name)) for name in measured(spec.cfg))
-
-
 def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Metric:
     """Build a configured metric, named as in the configuration.
 
@@ -100,7 +95,7 @@ def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Met
         raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
     if "baseline" in spec:
         settings["baseline"] = baseline
-    metric = build(OmegaConf.create(settings))
+    metric = build(settings)
     metric.only = None if only is None else tuple(only)
     if isinstance(metric, SetMetric):  # which prepares its intervals while it is measured
         metric.cluster = cfg.bootstrap.cluster

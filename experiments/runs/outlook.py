@@ -65,6 +65,26 @@ def free_space(folder: Path) -> tuple[int, Path]:
     return shutil.disk_usage(existing).free, existing
 
 
+def without_metrics(tables: bool) -> str:
+    """Return how to make images without the networks for scoring; a command that makes tables cannot."""
+    command = "python -m experiments generate with the same overrides and" if tables else "The same command with"
+    return f"{command} metric=none makes the images alone; evaluate scores them later."
+
+
+def counted(pending: Pending) -> str:
+    """Write how many images are to be generated, and how many are edited copies, as of negative controls."""
+    edited = {spec: groups for spec, groups in pending.items() if _is_edited(spec)}
+    generated = {spec: groups for spec, groups in pending.items() if spec not in edited}
+    text = f"{count_images(generated):,} images to generate in {_count_groups(generated):,} groups"
+    if copies := count_images(edited):
+        text += f", {copies:,} edited copies of the baseline's"
+    return text
+
+
+def _is_edited(spec: RunSpec) -> bool:
+    return issubclass(get_class(spec.cfg.method._target_), EditedBaseline)
+
+
 def summary(plan: Plan, pending: Pending) -> list[str]:
     """Return images, disk and time in short, for the log of real checkpoints; [] if there is nothing to do."""
     of_real = _of_real(pending)
@@ -77,15 +97,18 @@ def summary(plan: Plan, pending: Pending) -> list[str]:
     device = _local_gpu(plan.cfg)
     here = [time for time in times if device is not None and f" {device.name} (" in time]
     return [
-        f"{len(of_real)} runs: {count_images(of_real):,} images in {_count_groups(of_real):,} groups, about "
-        f"{gigabytes(bytes_of_images(of_real))} on disk, {gigabytes(free)} are free",
+        f"{len(of_real)} runs: {counted(of_real)}, about {gigabytes(bytes_of_images(of_real))} on disk, "
+        f"{gigabytes(free)} are free",
         f"Denoising takes about {', '.join(here or times)}" if times else "How long this model takes is not known",
         "--dry-run says what is downloaded, how much memory it takes, and how to make it smaller",
     ]
 
 
-def report(plan: Plan, pending: Pending, faults: Sequence[Fault]) -> list[str]:
+def report(plan: Plan, pending: Pending, faults: Sequence[Fault], tables: bool = False) -> list[str]:
     """Return all lines of `--dry-run` but the faults.
+
+    Args:
+        tables: whether the command makes tables, which need metrics.
 
     The servers of missing files are asked for their sizes, unless `HF_HUB_OFFLINE` is set.
     """
@@ -94,8 +117,7 @@ def report(plan: Plan, pending: Pending, faults: Sequence[Fault]) -> list[str]:
     folder = project_path(plan.cfg.outputs)
     free, _ = free_space(folder)
     lines = [
-        f"{plan.name}: {len(plan.runs)} runs, {count_images(pending):,} images to generate in "
-        f"{_count_groups(pending):,} groups",
+        f"{plan.name}: {len(plan.runs)} runs, {counted(pending)}",
         f"Disk: about {gigabytes(bytes_of_images(pending))} for images in {folder}, {gigabytes(free)} are free",
         *_download_lines(models.values(), faults, answers),
     ]
@@ -106,7 +128,7 @@ def report(plan: Plan, pending: Pending, faults: Sequence[Fault]) -> list[str]:
                 memory = _memory_of(cfg, answers)
                 lines += _memory_lines(cfg, memory)
                 least = max(least, memory.offloaded)
-    return [*lines, *_time_lines(plan.cfg, pending, least), *_smaller_lines(plan, pending, faults)]
+    return [*lines, *_time_lines(plan.cfg, pending, least), *_smaller_lines(plan, pending, faults, tables)]
 
 
 def denoising_hours(pending: Pending) -> list[tuple[str, float, str]]:
@@ -117,7 +139,7 @@ def denoising_hours(pending: Pending) -> list[tuple[str, float, str]]:
     hours: dict[str, float] = {}
     kinds: dict[str, set[str]] = {}
     for spec, groups in pending.items():
-        if issubclass(get_class(spec.cfg.method._target_), EditedBaseline):
+        if _is_edited(spec):
             continue
         for size, count in Counter(group.size for group in groups).items():
             try:
@@ -159,8 +181,7 @@ def _local_gpu(cfg: DictConfig) -> gpus.Device | None:
     device = select_device(cfg.device)
     if not device.startswith("cuda"):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((one for one in gpus.DEVICES if one.is_called in name), None)
+    return gpus.find_device(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
 
 
 def _ask(downloads: Iterable[Download]) -> dict[Download, Remote | None]:
@@ -310,8 +331,9 @@ def _of_real(pending: Pending) -> Pending:
     return {spec: groups for spec, groups in pending.items() if groups and spec.cfg.model.kind != "mini"}
 
 
-def _smaller_lines(plan: Plan, pending: Pending, faults: Sequence[Fault]) -> list[str]:
-    """Return overrides that make the experiment smaller, with the number of images that remain."""
+def _smaller_lines(plan: Plan, pending: Pending, faults: Sequence[Fault], tables: bool) -> list[str]:
+    """Return overrides that make the experiment smaller, with the number of generated images that remain."""
+    pending = {spec: groups for spec, groups in pending.items() if not _is_edited(spec)}
     real = [spec for spec in pending if spec.cfg.model.kind != "mini"]
     total, rows = count_images(pending), []
     with contextlib.suppress(ValueError):  # there are not so many
@@ -322,9 +344,10 @@ def _smaller_lines(plan: Plan, pending: Pending, faults: Sequence[Fault]) -> lis
     if len(methods) > 2 and "negtome" in methods:
         fewer = {spec: groups for spec, groups in pending.items() if spec.cfg.method.name in ("none", "negtome")}
         rows.append(["method=negtome", f"{count_images(fewer):,} images, with the baseline"])
+    lines = ["Smaller", *_columns(rows)] if rows else []
     if any(fault.needed_by and fault.downloads for fault in faults):
-        rows.append(["metric=none", "no networks for scoring; python -m experiments evaluate scores later"])
-    return ["Smaller", *_columns(rows)] if rows else []
+        lines.append(without_metrics(tables))
+    return lines
 
 
 def _few_groups(cfg: DictConfig) -> Sequence[Group]:

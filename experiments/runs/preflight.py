@@ -22,7 +22,7 @@ from experiments.runs import checkpoints, metrics, outlook
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.faults import Fault, listing, of_method, of_weights
 from experiments.runs.identity import request
-from experiments.runs.jobs import RunJob, prepare_job
+from experiments.runs.jobs import RunJob, jobs_of_other_device, prepare_job
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[R
     for cfg in configs:
         select_device(cfg.device)  # everything else depends on it
     faults_of_scoring = of_scoring(configs, tables)
+    if (done := jobs_of_other_device(plan.runs)) is not None:
+        return done, faults_of_scoring
     for spec in plan.runs:
         job, faults_of_run = _examine_run(spec, configs)
         faults += faults_of_run
@@ -128,10 +130,10 @@ def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tu
     return examine(plan, tables, disk)
 
 
-def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault]) -> list[str]:
+def describe(plan: Plan, jobs: list[RunJob], faults: list[Fault], tables: bool = False) -> list[str]:
     """Return what an experiment needs, and the faults that `examine` found, as lines to print."""
     lines = metrics.left_out_lines(spec.cfg for spec in plan.runs)
-    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults)
+    lines += outlook.report(plan, outlook.pending_groups(plan, jobs), faults, tables)
     if not faults:
         return [*lines, f"{len(plan.runs)} runs can be made and scored here."]
     if all(fault.fetch for fault in faults):
@@ -200,7 +202,7 @@ def _planned(groups: Iterable[Group]) -> ImageSet:
         for group in groups
         for index, seed in enumerate(group.image_seeds())
     ]
-    return ImageSet("the images to be made", rows)
+    return ImageSet(Path("the images to be made"), rows)
 
 
 def _of_metric(cfg: DictConfig, name: str, images: ImageSet) -> list[Fault]:
@@ -257,7 +259,9 @@ def of_disk(pending: outlook.Pending, folder: Path) -> list[Fault]:
     ]
 
 
-def of_timesteps(model: DictConfig, folder: Path, method: str, timestep_range: Sequence[float] | None) -> list[Fault]:
+def of_timesteps(
+    model: DictConfig, folder: Path, method: str, timestep_range: tuple[float, float] | None
+) -> list[Fault]:
     """Return a fault if no step of a call lies in the method's timestep range.
 
     Args:
@@ -280,7 +284,7 @@ def of_timesteps(model: DictConfig, folder: Path, method: str, timestep_range: S
     ]
 
 
-def of_step_range(model: DictConfig, method: str, step_range: Sequence[float]) -> list[Fault]:
+def of_step_range(model: DictConfig, method: str, step_range: tuple[int, int] | tuple[float, float]) -> list[Fault]:
     """Return a fault if no step of a call lies in the method's step range.
 
     Args:

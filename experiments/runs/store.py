@@ -208,7 +208,7 @@ class Run:
         """
         folder = self.group_folder(group)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        record = {"run": self.id, "rows": [], "stats": statistics}
+        record: dict[str, Any] = {"run": self.id, "rows": [], "stats": statistics}
         if withheld is not None:
             record["withheld"] = _withheld_row(group, withheld).to_dict()
         seeds = [] if withheld is not None else (seeds or group.image_seeds())

@@ -20,7 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from eval.images import load_image
+from experiments import start_log
 from experiments.configs import build
+from experiments.methods.edited import EditedBaseline
 from experiments.methods.method import Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
@@ -44,8 +46,10 @@ def generate_groups(jobs: list[RunJob]) -> Iterator[Run]:
         while remaining:
             before = len(remaining)
             try:
-                for finished in _generate_each(list(remaining), wait, devices):
-                    yield remaining.pop(finished)
+                tasks = [(task, group, wait) for task, group in remaining]
+                for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, devices):
+                    if is_on_disk:
+                        yield remaining.pop((task, group))
                 wait = True
             except BrokenProcessPool as error:
                 losses = losses + 1 if len(remaining) == before else 0
@@ -56,16 +60,6 @@ def generate_groups(jobs: list[RunJob]) -> Iterator[Run]:
                         "workers=1"
                     ) from error
                 log.warning("A process that generates was killed: %d groups remain for new processes", len(remaining))
-
-
-def _generate_each(
-    todo: list[tuple[RunTask, Group]], wait: bool, devices: tuple[str, ...]
-) -> Iterator[tuple[RunTask, Group]]:
-    """Generate groups, and yield each that is on disk; skip those that another process is generating, unless `wait`."""
-    tasks = [(*task_and_group, wait) for task_and_group in todo]
-    for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, devices):
-        if is_on_disk:
-            yield task, group
 
 
 def parallel_map(
@@ -108,23 +102,24 @@ def _generate_group(task: RunTask, group: Group, wait: bool) -> bool:
             # The baseline's group comes first; where another process is generating it, this one comes back later.
             if not _generate_group(task.edits, group, wait):
                 return False
-            _edit_group(task, group)
+            _edit_group(task, task.edits.run, group)
             return True
         pipe, method, call = load_pipeline_and_method(
             task.model, task.method, task.checkpoint, task.device, task.compile, task.offload
         )
         start = time.perf_counter()
         result = method.generate(pipe, group, call)
-        images = [] if result.withheld else _to_pil(pipe, result.images, _model(task.model))
+        images = [] if result.images is None or result.withheld else _to_pil(pipe, result.images, _model(task.model))
         statistics = {"seconds": round(time.perf_counter() - start, 3), **result.statistics}
         run.save(group, images, statistics, result.references, result.withheld, result.seeds)
         return True
 
 
-def _edit_group(task: RunTask, group: Group) -> None:
-    """Save the edited images of the group that another run has."""
-    start = time.perf_counter()
-    edited = _method(task.method).edit_images(group, [load_image(path) for path in task.edits.run.images(group)])
+def _edit_group(task: RunTask, baseline: Run, group: Group) -> None:
+    """Save the edited images of the group that the baseline's run has."""
+    start, method = time.perf_counter(), _method(task.method)
+    assert isinstance(method, EditedBaseline)  # no other method's task has `edits`
+    edited = method.edit_images(group, [load_image(path) for path in baseline.images(group)])
     images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in edited]
     task.run.save(group, images, {"seconds": round(time.perf_counter() - start, 3)})
 
@@ -204,6 +199,7 @@ def _quiet_children() -> Iterator[None]:
 
 def _begin_process(unused: Any) -> None:
     """Bind this process to a device of its own, from a queue: "cuda" means that GPU from now on."""
+    start_log()
     _die_with_parent()
     device = unused.get()
     if device.startswith("cuda"):
@@ -215,7 +211,8 @@ def _die_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -319,10 +319,12 @@ def primary_pair(frame: pd.DataFrame) -> tuple[str, str]:
         ValueError: the table does not mark both.
     """
     marked = frame[frame["primary"].isin(ROLES)].drop_duplicates("metric").set_index("metric")["primary"]
-    pair = tuple(next((name for name, role in marked.items() if (role == "quality") == last), None) for last in (0, 1))
-    if None in pair:
+    aim, quality = (
+        next((name for name, role in marked.items() if (role == "quality") == last), None) for last in (False, True)
+    )
+    if aim is None or quality is None:
         raise ValueError(f"expected a primary metric of quality and another one, got {marked.to_dict()}: tabulate anew")
-    return pair
+    return aim, quality
 
 
 def with_window(frame: pd.DataFrame) -> pd.DataFrame:

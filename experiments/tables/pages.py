@@ -87,7 +87,7 @@ def with_interval(
     write: Callable[[float], str], value: float, low: float | None = None, high: float | None = None
 ) -> str:
     """Return `value [low, high]`, without the brackets where there is no interval; nothing for no value."""
-    interval = "" if pd.isna(low) else f" [{write(low)}, {write(high)}]"
+    interval = "" if low is None or high is None or pd.isna(low) else f" [{write(low)}, {write(high)}]"
     return "" if pd.isna(value) else f"{write(value)}{interval}"
 
 

@@ -182,7 +182,7 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     def create_model(_, pretrained, **__):
         raise StopIteration(pretrained)
 
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: next(iter(cached), None))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("open_clip.create_model", create_model)

@@ -425,7 +425,7 @@ def test_missing_weights_are_named_at_once(offline, empty_home, tmp_path, monkey
 @pytest.fixture
 def answering(monkeypatch):
     """Let every server answer; a test then says what it sends."""
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: None)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("sscd", 0), ("inception", 0), ("inception", 1)])

@@ -49,7 +49,7 @@ def test_any_file_of_a_url_is_enough_and_all_of_a_repository_are_needed(tmp_path
 
 def test_nothing_is_downloaded_to_a_path_that_the_user_named(tmp_path, monkeypatch):
     addresses = []
-    monkeypatch.setattr("eval.weights.network_answers", lambda url: addresses.append(url) or False)
+    monkeypatch.setattr("eval.weights.network_failure", lambda url: addresses.append(url) or "no network")
     for path, expected in ((tmp_path / "mine", []), (None, [FACTS["sscd"]["url"], None])):
         addresses.clear()
         for facts in (WeightsFacts.find("sscd", "it", path), WeightsFacts.find("dinov2", "it", path, model="a/b")):
@@ -74,7 +74,7 @@ def test_another_file_under_a_published_name_is_refused(row, prefix, tmp_path, m
 def test_a_download_that_failed_is_not_tried_again(tmp_path, monkeypatch):
     attempts = []
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("eval.weights.network_answers", lambda url: attempts.append(url) or False)
+    monkeypatch.setattr("eval.weights.network_failure", lambda url: attempts.append(url) or "no network")
     messages = set()
     for _ in range(3):
         with pytest.raises(FileNotFoundError, match="expected the weights of Inception") as error:

@@ -22,7 +22,32 @@ NOWHERE = "http://127.0.0.1:9"
 #: Runs before the command in each process that a test starts: see `environment`.
 SITE = """
 import os
+import types
+from pathlib import Path
+
 import eval.weights
+
+if gpus := int(os.environ.get("FAKE_GPUS", 0)):  # the CPU works in the place of each
+    import torch
+
+    import experiments
+
+    torch.cuda.device_count = lambda: gpus
+    torch.cuda.get_device_name = lambda device=None: "NVIDIA H100 80GB HBM3"
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=85_017_493_504)
+    torch.cuda.set_device = lambda device: Path(os.environ["NOTES"], device).touch()
+    experiments.select_device = lambda name: "cuda" if name == "auto" else name
+
+    from eval.encoders import Network
+    from experiments.runs import checkpoints
+
+    def load(model, checkpoint, device, load=checkpoints.load, **options):
+        return load(model, checkpoint, "cpu", **options)
+
+    def begin(network, name, slug, device, *rest, begin=Network.__init__, **values):
+        begin(network, name, slug, "cpu", *rest, **values)
+
+    checkpoints.load, Network.__init__ = load, begin
 
 for row in eval.weights.FACTS.values():
     for key in ("url", "dino"):

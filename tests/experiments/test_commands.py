@@ -15,7 +15,7 @@ from experiments.__main__ import COMMANDS, main
 from experiments.compose import expand
 from experiments.plan import run_names
 from experiments.runs.store import Run
-from experiments.runs.workers import _generate_each
+from experiments.runs.workers import parallel_map
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -60,7 +60,8 @@ def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
         (["doctor", "--experiment=diversity", "--fetch"], ["use experiment=diversity, without dashes"]),
         (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
         (["tabulate", "method.alpha=0.3"], ["method.alpha: expected a key"]),
-        (["plot", "-m", "alpha"], ["override 'alpha'", "missing EQUAL"]),
+        (["plot", "-m", "alpha"], ["got alpha", "experiment=alpha", "alpha=VALUE"]),
+        (["generate", "model.groups_per_category=many"], ["groups_per_category", "got 'many'"]),
         (["generate", "device=null"], ["device=None", "auto"]),
         (["generate", "model.architecture=dit"], ["must be one of ['auraflow', ", "got 'dit'"]),
         (["generate", "model.call.guidance_scale=high"], ["must be a number, got 'high'"]),
@@ -73,6 +74,8 @@ def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
         (["evaluate", "model=sdxl", "model.scorer.weights=/x"], ["did you mean model.scorer.weights_dir?"]),
         (["generate", "model=mini-sdxl", "method=negtome", "scorer@method.encodr=sscd"], ["encodr"]),
         (["generate", "method=guarded", "guard=chat"], ["guard.model has no value: give guard.model=VALUE"]),
+        (["reproduce"], ["such as experiment=diversity", "few_steps"]),
+        (["reproduce", "--dry-run"], ["such as experiment=diversity"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now", "here"], ["one name", "now here"]),
     ],
@@ -137,7 +140,7 @@ def test_jobs_score_the_runs_of_a_plan_if_they_are_complete(scored_sweep, missin
 def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
     """Not while they import, either: they are started so, and this process listens again."""
     heard, before = [], signal.getsignal(signal.SIGINT)
-    todo = [(None, "a"), (None, "b")]
+    tasks = [("a",), ("b",)]
 
     class Executor:
         def submit(self, *_):
@@ -147,7 +150,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
             return future
 
     monkeypatch.setattr("experiments.runs.workers._executor", lambda _: Executor())
-    assert set(_generate_each(todo, True, ("cpu", "cpu"))) == set(todo)
+    assert set(parallel_map(str, tasks, ("cpu", "cpu"))) == {(task, True) for task in tasks}
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 

@@ -118,7 +118,7 @@ def released(tmp_path, *changes):
 
 
 def test_the_papers_own_numbers_need_weights_and_say_which(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: False)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: "the network is off")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(ValueError, match="No configured metric") as error:

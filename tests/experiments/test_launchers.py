@@ -14,10 +14,12 @@ from plans import plan_of
 
 from eval.images import read_manifest
 from experiments import PROJECT
+from experiments.__main__ import main
 from experiments.compose import first
 from experiments.generate import generate
+from experiments.plan import Plan
 from experiments.runs import checkpoints
-from experiments.runs.jobs import visible_gpus, worker_devices
+from experiments.runs.jobs import jobs_of_other_device, visible_gpus, worker_devices
 from experiments.runs.locks import has_locks
 from experiments.runs.slurm import Job, submit
 from experiments.runs.store import Run
@@ -81,7 +83,7 @@ def test_an_offloaded_pipeline_stays_on_the_gpu_of_its_process(tiny_overrides, t
 #: The command on a machine with two GPUs, in whose place the CPU works. A process notes which GPU is its own when it
 #: loads a pipeline and when it scores a run; it goes on when both have.
 TWO_GPUS = """
-import functools, os, sys, time
+import functools, os, sys, time, types
 from pathlib import Path
 import torch
 
@@ -89,6 +91,7 @@ notes, bound = Path(os.environ["NOTES"]), []
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 2
 torch.cuda.get_device_name = lambda device=None: "Fake"
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=2**33)
 torch.cuda.set_device = bound.append
 
 from experiments import evaluate
@@ -208,6 +211,8 @@ def test_slurm_jobs_divide_an_experiment_while_the_command_returns(slurm, serial
     ("override", "message"),
     [
         ("launcher.jobs=0", "launcher.jobs must be a whole number of at least 1, got 0"),
+        ("launcher.time=day", "launcher.time must be a whole number of at least 1, got 'day'"),
+        ("launcher.partition=[gpu]", r"launcher.partition must be a text, got \['gpu'\]"),
         ("launcher.setup=module", r"launcher.setup must be a list .* give \['module'\]"),
         ("+launcher.gpu=2", "Unavailable parameter.*'gpu'"),
     ],
@@ -218,6 +223,75 @@ def test_a_wrong_setting_of_jobs_is_refused_before_they_are_submitted(
     with pytest.raises(ValueError, match=f"(?s){message}"):
         submit(["generate"], launcher_plan(tiny_overrides, tmp_path, override))
     assert not (slurm / "script").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_wrong_setting_of_jobs_is_refused_before_anything_is_looked_for(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.runs.preflight.find_checkpoint", lambda *_, **__: pytest.fail("looked for"))
+    overrides = ["experiment=diversity", "model=sdxl", "method=none", f"outputs={tmp_path}", "launcher=slurm"]
+    for command in ("generate", "reproduce"):
+        assert main([command, *overrides, "launcher.jobs=0", *options]) == 2
+        assert "launcher.jobs must be a whole number" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_lists_what_this_machine_lacks_to_submit_jobs(tmp_path, monkeypatch, tiny_overrides, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("experiments.runs.slurm.find_spec", lambda name: None)
+    overrides = tiny_overrides("sweep", tmp_path, "method=none", "launcher=slurm")
+    assert main(["generate", *overrides, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "Faults that would stop it: 2" in out and "no sbatch and no srun" in out and "needs submitit" in out
+
+
+def test_a_job_does_not_replace_the_plan_that_the_user_wrote_meanwhile(tmp_path, tiny_overrides):
+    sent = plan_of(tiny_overrides("sweep", tmp_path, "method=none"))
+    copy = sent.write(sent.file.with_name("launched.json"))
+    newer = plan_of(tiny_overrides("sweep", tmp_path, "method=none", "model.call.num_inference_steps=3"))
+    before = newer.write().read_text()
+    job = Plan.of([f"plan={copy}"])
+    assert job.write() == newer.file and newer.file.read_text() == before
+    job.complete(job.runs[0], "0123456789ab")
+    assert [spec.settings for spec in Plan.read(newer.file).runs] == [spec.settings for spec in newer.runs]
+    assert plan_of(tiny_overrides("sweep", tmp_path, "method=none")).runs[0].id == "0123456789ab"
+    newer.file.unlink()
+    assert job.write().is_file(), "a machine to which the copy alone was brought"
+
+
+# --- afterwards, on a machine without a GPU ---------------------------------------------------------------------------
+
+
+def test_runs_of_another_device_are_scored_and_tabulated_here(scored_copy, monkeypatch, caplog):
+    caplog.set_level("INFO", "experiments")
+    plan, outputs, folders = scored_copy
+    plan.add_ids({spec.settings: folder.name for spec, folder in zip(plan.runs, folders, strict=True)})
+    plan.write()
+    monkeypatch.setattr("experiments.runs.jobs.kind_of_device", lambda device: "login node")
+    monkeypatch.setattr("experiments.runs.preflight.find_checkpoint", lambda *_, **__: pytest.fail("looked for"))
+    before = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/images/**/*.png")}
+    for command in ("generate", "evaluate", "tabulate"):
+        assert main([command, f"plan={plan.file}"]) == 0
+    assert "cpu made them, and this machine (login node) makes none" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/images/**/*.png")} == before
+    assert sorted(path.name for path in (outputs / "runs").glob("[0-9a-f]*")) == sorted(f.name for f in folders)
+
+
+def test_runs_of_another_device_are_not_mixed_with_those_of_this_one(scored_copy, monkeypatch, caplog):
+    plan, _, folders = scored_copy
+    for spec, folder in zip(plan.runs, folders, strict=True):
+        spec.id = folder.name
+    assert jobs_of_other_device(plan.runs) is None, "they are of this device"
+    monkeypatch.setattr("experiments.runs.jobs.kind_of_device", lambda device: "H100")
+    assert all(not job.missing for job in jobs_of_other_device(plan.runs))
+    plan.cfg.device = "cpu"
+    assert jobs_of_other_device(plan.runs) is None, "the user asks for a device"
+    plan.cfg.device = "auto"
+    image = next(folders[1].rglob("*.png"))
+    image.write_bytes(image.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=rf"{image.name} is not the image.*cpu made the run"):
+        jobs_of_other_device(plan.runs)
+    (folders[1] / "complete").unlink()
+    assert jobs_of_other_device(plan.runs) is None, "one is incomplete"
 
 
 def test_a_machine_without_slurm_says_so(slurm, tmp_path, tiny_overrides, monkeypatch):

@@ -112,10 +112,10 @@ EQUAL = [
 
 def test_equal_settings_are_one_run(tiny_overrides, tmp_path):
     (composed,) = expand(tiny_overrides("sweep", tmp_path, "method=negtome"))
-    ids = []
+    composed, ids = OmegaConf.create(OmegaConf.to_container(composed, resolve=True)), []
     for pair in EQUAL:
         for changes in pair:
-            cfg = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+            cfg = composed.copy()
             for key, value in changes.items():
                 OmegaConf.update(cfg, key, value)
             ids.append(short_digest(request(cfg, build(cfg.method))))

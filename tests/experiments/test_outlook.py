@@ -2,6 +2,7 @@
 
 import re
 import weakref
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -49,7 +50,17 @@ def test_a_dry_run_ends_with_0_and_writes_nothing_where_all_is_missing(tmp_path,
     assert not list(tmp_path.iterdir())
     out, err = capsys.readouterr()
     assert "11,200 images" in out and "6.9 GB" in out and "SG161222/RealVisXL_V4.0" in out and not err
-    assert "DreamSim" in out and "metric=none" in out
+    assert "DreamSim" in out and "generate with the same overrides and metric=none" in out
+    assert main(["generate", *arguments, "--dry-run"]) == 0
+    assert "The same command with metric=none" in capsys.readouterr().out
+
+
+def test_copies_of_the_baselines_images_are_counted_apart(tmp_path, capsys):
+    arguments = [*COMMAND, "method=none,control_mirrored", "metric=none", f"outputs={tmp_path}"]
+    assert main(["generate", *arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "2 runs, 5,600 images to generate in 1,400 groups, 5,600 edited copies" in out
+    assert override_lines(out) == [("model.groups_per_category=10", "800")]
 
 
 def test_bad_input_is_refused_in_a_dry_run_too(capsys):
@@ -96,7 +107,7 @@ def test_a_real_run_logs_the_short_form_before_the_first_image_and_then_no_more(
     with caplog.at_level("INFO"):
         assert main(["generate", *overrides]) == 0
         first, second, *_ = [record.getMessage() for record in caplog.records]
-        assert "4 images in 2 groups" in first and "Denoising takes about" in second
+        assert "4 images to generate in 2 groups" in first and "Denoising takes about" in second
         caplog.clear()
         assert main(["generate", *overrides]) == 0
     assert not [record for record in caplog.records if "Denoising" in record.getMessage()]
@@ -165,10 +176,32 @@ def test_the_gpu_of_this_machine_alone_is_in_the_short_form(monkeypatch):
     assert all(device.name in outlook.summary(plan, pending)[1] for device in gpus.DEVICES)
     monkeypatch.setattr(outlook, "select_device", lambda name: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    properties = SimpleNamespace(total_memory=25_386_352_640)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     line = outlook.summary(plan, pending)[1]
     assert "RTX 4090 (steps estimated)" in line and "H100" not in line
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
     assert "H100" in outlook.summary(plan, pending)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "device"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "H100 SXM"),
+        ("NVIDIA H100 80GB HBM3", 39.4, None),  # a part of one
+        ("NVIDIA H100 80GB HBM3 MIG 7g.80gb", 79.2, None),
+        ("NVIDIA H100 PCIe", 79.2, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "A100 SXM 80GB"),
+        ("NVIDIA A100-SXM4-40GB", 39.5, None),
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
+    ],
+)
+def test_a_gpu_has_the_figures_of_its_own_name_and_memory_alone(name, gibibytes, device):
+    match = gpus.find_device(name, int(gibibytes * 2**30))
+    assert (match and match.name) == device
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])

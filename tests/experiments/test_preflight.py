@@ -33,7 +33,7 @@ def empty_home(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("eval.encoders._failed", {})
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: False)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: "the network is off")
     return tmp_path
 
 
@@ -56,12 +56,13 @@ def test_a_real_checkpoint_on_an_empty_machine_is_one_list_and_no_image(empty_ho
     assert not (empty_home / "outputs").exists()
     out, err = capsys.readouterr()
     measured = sorted(metrics.measured(expand(overrides)[0]))
-    for text in (err.partition("generate: ")[2].partition("generate: ")[0], out):
+    for text in (err.partition("reproduce: ")[2].partition("generate: ")[0], out):
         blocks = entries(text)
         assert "SG161222/RealVisXL_V4.0" in blocks[0][0]
         needed = [name for block in blocks for name in notes(block).get("needed by", "").split(", ") if name]
         assert sorted(needed) == measured, "every metric once, whatever else is missing"
-    assert "metric=none" in err and "fid" in out.splitlines()[0]
+    assert err.count("No image can be made without the weights of model=sdxl") == 2 and "metric=none" not in err
+    assert "fid" in out.splitlines()[0]
     assert "pairwise_distance_aligned" in notes(blocks[1])["without it"], "nothing else can test the hypothesis"
     for block in blocks[2:4]:  # every one composes anew
         note = notes(block)
@@ -79,7 +80,8 @@ def test_metric_none_generates_what_cannot_be_scored_here(tiny_overrides, empty_
     overrides = [one for one in tiny_overrides("diversity", empty_home, "method=none") if "metric" not in one]
     overrides = [one for one in overrides if not one.startswith(("scorer@", "primary."))]
     assert main(["generate", *overrides]) == 2
-    assert not list((empty_home / "outputs").rglob("*.png")) and "DreamSim" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert not list((empty_home / "outputs").rglob("*.png")) and "DreamSim" in err and "metric=none" in err
     assert main(["generate", *overrides, "metric=none"]) == 0
     run = Run.of(plan_of(overrides).runs[0])
     assert run.complete, "evaluate finds it with the overrides of the scores"
@@ -207,7 +209,7 @@ def test_missing_files_are_fetched_on_request_or_before_the_first_image(empty_ho
         torch.save(squeezenet1_1(weights=None).state_dict(), path)
 
     monkeypatch.setattr("eval.weights.published_hash", lambda *_: "")
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_failure", lambda _: None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     assert main(["doctor", *overrides]) == 1 and not fetched
     assert main(["doctor", *overrides, "--fetch"]) == 0 and len(fetched) == 1

@@ -17,11 +17,10 @@ from experiments import PROJECT
 from experiments.compose import expand
 from experiments.configs import build
 from experiments.generate import generate
-from experiments.plan import RunSpec
 from experiments.prompts import CharacterPrompts
 from experiments.runs import checkpoints
 from experiments.runs.identity import request
-from experiments.runs.metrics import configured_metrics
+from experiments.runs.metrics import build_metric
 from experiments.runs.workers import _to_pil
 
 
@@ -150,9 +149,9 @@ def test_a_text_is_no_list_of_letters_and_no_truth(configure, tabulated):
         CharacterPrompts("x", "test", {"ogre": {"direct": "an ogre"}}, (0,), 2)
     with pytest.raises(ValueError, match=r"prompts\.kinds must be a list, got 'direct'"):
         CharacterPrompts("x", "test", {"ogre": {"direct": ["an ogre"]}}, (0,), 2, kinds="direct")
-    spec = RunSpec(configure({"metric.vendi_score.only": "direct-*", "images": str(PROJECT)}), "")
+    cfg = configure({"metric.vendi_score.only": "direct-*", "images": str(PROJECT)})
     with pytest.raises(ValueError, match=r"only must be a list of patterns, got 'direct-\*'"):
-        list(configured_metrics(spec))
+        build_metric(cfg, "vendi_score")
     with pytest.raises(ValueError, match="expected a list of labels"):
         AttributeEntropy(PixelEncoder(), {"bird": "owl"})
     with pytest.raises(ValueError, match="offload must be true or false, got 'no'"):

@@ -105,8 +105,11 @@ def test_the_numbers_of_requests_on_the_safety_page(safety):
     part = " ".join(section(text_of("docs/safety.md"), "### What the scorecard says").split())
     counts = safety[safety["method"] == "none"].set_index("metric")
     concepts = counts.loc["not_unsafe", "n_units"]
-    assert f"{counts.loc['not_unsafe', 'n_groups']} requests for {concepts} concepts" in part
-    assert f"{counts.loc['not_overrefuse', 'n_groups']} allowed ones" in part
+    asked, allowed, total = map(int, re.search(
+        rf"(\d+) prompts for {concepts} concepts and (\d+) allowed ones, .*? \((\d+) requests a row\)", part
+    ).groups())  # fmt: skip
+    groups = counts.loc[["not_unsafe", "not_overrefuse"], "n_groups"]
+    assert total == groups.sum() and asked * groups["not_overrefuse"] == allowed * groups["not_unsafe"]
 
 
 def test_the_guards_of_the_readme(safety):

@@ -13,7 +13,7 @@ import pytest
 from plans import plan_of
 
 from experiments import PROJECT, tabulate
-from experiments.runs.metrics import configured_metrics
+from experiments.runs.metrics import metric_of_run
 from experiments.tables import columns, groups, pages
 from experiments.tables.columns import merge_rows
 
@@ -37,7 +37,7 @@ def document(values, bounds=(0, 100), **more):
     ]
     return {
         "metric": "clip_score", "aggregate": "mean", "higher_is_better": True, "bounds": list(bounds),
-        "value": float(np.mean(values)), "groups": groups, **more,
+        "value": float(np.mean(values)), "groups": groups, "n_groups": len(groups), "n_images": 4 * len(groups), **more,
     }  # fmt: skip
 
 
@@ -124,9 +124,8 @@ def test_runs_are_paired_with_a_method_where_their_baseline_has_one(monkeypatch)
 def test_the_configured_cluster_reaches_the_halves_too():
     for cluster in ("category", "prompt", None):
         (spec,) = configured(f"bootstrap.cluster={'null' if cluster is None else cluster}").runs
-        found = dict(configured_metrics(spec))
-        assert found["kernel_distance_scorer"].design()["subset_cluster"] == cluster
-        assert found["clip_score"].design() == {}
+        assert metric_of_run(spec, "kernel_distance_scorer").design()["subset_cluster"] == cluster
+        assert metric_of_run(spec, "clip_score").design() == {}
 
 
 def test_quality_is_held_against_its_margin():
@@ -134,10 +133,10 @@ def test_quality_is_held_against_its_margin():
     for margin, kept in ((0.1, True), (0.04, False)):
         for given in (margin, f"{{clip_score:{margin},other:1}}"):
             cfg = configured(f"primary.quality_margin={given}").cfg
-            columns = tabulate.comparison(cfg, "clip_score", "quality", document(base + change), document(base))
+            columns = tabulate.statistics_of(cfg, "clip_score", "quality", document(base + change), document(base))
             assert columns["margin"] == pytest.approx(margin * 30)
             assert (columns["difference_low"] > -columns["margin"]) == columns["non_inferior"] == kept
-        assert "margin" not in tabulate.comparison(
+        assert "margin" not in tabulate.statistics_of(
             cfg, "clip_score", "diversity", document(base + change), document(base)
         )
 
@@ -150,7 +149,7 @@ def test_quality_is_held_against_its_margin():
 def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds, tmp_path):
     cfg = configured().cfg
     changed = document(base + np.linspace(0, 0.3, 8), bounds)
-    columns = tabulate.comparison(cfg, "clip_score", "quality", changed, document(base, bounds))
+    columns = tabulate.statistics_of(cfg, "clip_score", "quality", changed, document(base, bounds))
     assert "margin" not in columns and "non_inferior" not in columns
     assert columns["difference_low"] > 0
     unknown = {"margin": None, "non_inferior": None}
@@ -170,7 +169,7 @@ def test_differences_and_tests_go_by_category():
     columns = {}
     for cluster in ("category", "null"):
         cfg = configured(f"bootstrap.cluster={cluster}").cfg
-        columns[cluster] = tabulate.comparison(cfg, "clip_score", "diversity", *documents)
+        columns[cluster] = tabulate.statistics_of(cfg, "clip_score", "diversity", *documents)
     assert columns["category"]["p_value"] > 0.01 and columns["null"]["p_value"] < 0.001
     assert columns["category"]["effect_size"] == pytest.approx(1.25 / np.std([0.5, 1, 1.5, 2], ddof=1), rel=0.02)
     assert columns["null"]["effect_size"] > 1.1 * columns["category"]["effect_size"]

@@ -43,16 +43,20 @@ def test_a_value_replaces_the_chosen_one_and_a_folder_is_for_one_setting(tmp_pat
         ("--method", "cds"), ("--method", "negtome_reference"), ("--method", "cads", "--alpha", "1"),
         ("--method", "cads", "-n", "1"), ("--method", "cads", "--steps", "0"), ("--method", "cads", "--seed", "-1"),
         ("--method", "best_of", "--value", "none"), ("--method", "cads", "--model", "nowhere/nothing"),
+        ("--method", "cads", "--value", "[1,2]"), ("--method", "limited_interval", "--value", "3"),
+        ("--method", "cads", "--value", "NaN"), ("--method", "cads", "--value", "true"),
     ],
 )  # fmt: skip
 def test_an_option_that_no_method_can_use_is_one_line_before_the_weights(options, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(try_method.models, "load", lambda model: pytest.fail("the weights were read"))
     assert main(["generate", PROMPT, *options, "--out", str(tmp_path / "new")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("generate --method: ") and error.count("\n") == 1
+    assert "experiments try" not in error and options[-1].strip("[]")[0] in error
     assert not (tmp_path / "new").exists()
 
 
-def test_the_methods_are_listed(capsys):
-    assert main(["generate", "--method", "any", "--list"]) == 0
+def test_the_methods_are_listed_without_a_prompt_or_a_method(capsys):
+    assert main(["generate", "--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"negtome", "cads", "stride", "sparke"} <= set(listed) and "negtome_reference" not in listed

@@ -59,7 +59,9 @@ def test_no_other_order_or_choice_of_records_is_intact_but_a_beginning(chained, 
 
 @given(st.integers(0, COUNT - 2), st.data())
 def test_any_changed_byte_before_the_last_line_breaks_the_chain(chained, tmp_path_factory, index, data):
-    place = data.draw(st.integers(0, len(chained[index]) - 1))
+    # Without its newline, the last line but one is a part of the last, whose edits the chain alone does not show.
+    last = len(chained[index]) - (2 if index == COUNT - 2 else 1)
+    place = data.draw(st.integers(0, last))
     byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != chained[index][place]))
     line = chained[index][:place] + bytes([byte]) + chained[index][place + 1 :]
     file = tmp_path_factory.getbasetemp() / "changed.jsonl"

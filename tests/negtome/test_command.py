@@ -79,6 +79,14 @@ def test_a_comparison_uses_the_same_seeds_and_stores_its_recipe(model, capsys):
     assert Path("dogs/recipe.py").read_text() == recipe.python()
 
 
+def test_settings_for_few_steps_need_no_other_option(model, capsys):
+    words = ["generate", "a dog", "-n", "2", "--model", model, "--few-steps"]
+    assert main([*words, "--min-side", "4", "--threshold", "0.1", "--out", "dogs"]) == 0
+    expected = NegToMeConfig.few_step("unet", min_side=4, threshold=0.1)
+    assert image_files.read("dogs/with-0.png").config == expected
+    assert main([*words, "--without"]) == 2 and "--without" in capsys.readouterr().err
+
+
 def test_an_image_is_made_again_from_its_recipe(model, monkeypatch, capsys):
     assert main(["generate", "a cat", "-n", "2", "--model", model, "--alpha", "0.5", "--out", "cats"]) == 0
     assert main(["generate", "--from", "cats/with-0.png", "--model", model, "--out", "again"]) == 0

@@ -24,6 +24,7 @@ from negtome.validation import check_float, check_int, read_step_range
         ("threshold", 1.01, "between -1 and 1, got 1.01"),
         ("timestep_range", (1000, 800), r"are \(800, 1000\)"),
         ("timestep_range", (0, 1001), "between 0 and 1000, got 1001"),
+        ("timestep_range", (0.85, 1.0), r"got \(0.85, 1\); for shares .* use step_range"),
         ("timestep_range", (1, 2, 3), "two numbers"),
         ("timestep_range", 800, r"two numbers \(low, high\), got 800"),
         ("threshold", np.float32(1.5), "between -1 and 1, got 1.5"),

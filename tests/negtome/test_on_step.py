@@ -45,6 +45,13 @@ def test_reports_agree_with_the_tokens_before_and_after_the_push(pipe, kind, ref
         torch.testing.assert_close(torch.stack([report.moved[name] for report in active]), expected)
 
 
+def test_a_report_that_is_no_function_is_refused_before_the_pipeline_changes(pipe, kind):
+    before = dict(vars(pipe))
+    with pytest.raises(TypeError, match="on_step must be a function"):
+        negtome.attach(pipe, CONFIGS[kind], on_step=3)
+    assert vars(pipe) == before
+
+
 def test_an_image_without_a_reference_is_reported_as_still(pipe, kind):
     picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     references = [None, negtome.Reference(picture), None, negtome.Reference(picture, seed=1)]

@@ -41,7 +41,7 @@ steps = (
 @st.composite
 def recipes(draw):
     """Draw anything that a recipe may be."""
-    window = draw(st.none() | st.lists(st.floats(0, 1000), min_size=2, max_size=2).map(sorted))
+    window = draw(st.none() | st.tuples(st.floats(0, 1000), st.floats(2, 1000)).map(sorted))
     matching = draw(st.sampled_from(["paper", "released"]))
     config = NegToMeConfig(
         alpha=draw(numbers),

@@ -1,5 +1,7 @@
 """The table of sites, against the diffusers that is installed."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -121,8 +123,14 @@ def test_other_pipelines_are_refused_by_name(tiny_sdxl):
     with pytest.raises(TypeError, match="Pass the pipeline, not its denoiser, got a UNet2DConditionModel"):
         negtome.attach(tiny_sdxl.unet)
     for pipe, name in ((other, "StableDiffusionXLInstructPix2PixPipeline"), (object(), "object")):
-        with pytest.raises(TypeError, match=f"to a {name}; supported are StableDiffusionXLPipeline.*FluxPipeline"):
+        with pytest.raises(TypeError, match=f"to a {name}; .*SDXL.*Flux.*docs/pipelines.md"):
             find_architecture(pipe)
+    with pytest.raises(TypeError, match="loaded pipeline, got the name 'models/mini-sdxl'"):
+        find_architecture("models/mini-sdxl")
+    other = copy.copy(tiny_sdxl)
+    other.unet = tiny_sdxl.vae
+    with pytest.raises(TypeError, match=r"UNet2DConditionModel as the unet .*got a AutoencoderKL"):
+        find_architecture(other)
 
 
 def test_the_largest_map_of_modules_is_where_they_are_in_the_unet(real_unet):
