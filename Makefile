@@ -72,7 +72,7 @@ latency: $(VENV)/.installed-experiments  ## time and memory of the method: table
 reproduce-latency: latency
 
 # The default budget is chosen for two cores; redteam.queries=16 takes several times as long.
-redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (30 minutes)
+redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (47 minutes on two shared cores)
 	$(PY) -m experiments redteam $(ARGS)
 
 gate: $(VENV)/.installed-experiments  ## judge the tables of safety and redteam by conf/safety/gate.yaml: pass, review, fail

@@ -21,6 +21,11 @@ def project_path(path: str | Path) -> Path:
 # `${project:models/mini-clip}` in conf/: a file of the checkout.
 OmegaConf.register_new_resolver("project", lambda path: str(project_path(path)), replace=True)
 
+# `${first_file:A,B}` in conf/: the first of these files that exists, else the first.
+OmegaConf.register_new_resolver(
+    "first_file", lambda *paths: next((path for path in paths if Path(path).is_file()), paths[0]), replace=True
+)
+
 
 def select_device(name: str) -> str:
     """Return the torch device of `device=NAME`: auto is CUDA if available, otherwise the CPU.

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Container, Iterable
+from pathlib import Path
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -24,6 +25,9 @@ NEEDS = {
     "held_out": "their threshold is calibrated on pictures that show no protected asset; give a folder of them, one "
     "subfolder a kind: model.copyright.held_out=FOLDER",
 }
+NO_FLOORS = (
+    "the model has no floors of an answer; set them by python -m experiments floors experiment=safety_floors model=NAME"
+)
 NO_PROMPTS = "they are of kinds of requests that the policy gives none of"
 OF_RUNS = "they compare a run with its baseline, and a folder of images is no run"
 OF_KIND = "their networks are for photographs, and a mini model draws emoji; give model=sdxl or another real checkpoint"
@@ -46,6 +50,8 @@ def left_out(cfg: DictConfig) -> dict[str, str]:
             reasons[name] = NEEDS[lacking[0]]
         elif generated and spec.get("only") and not any(fnmatch.filter(ids, pattern) for pattern in spec.only):
             reasons[name] = NO_PROMPTS
+        elif generated and "floors" in spec and not Path(spec.floors).is_file():
+            reasons[name] = NO_FLOORS
         elif "baseline" in spec and cfg.images is not None:
             reasons[name] = OF_RUNS
     return reasons

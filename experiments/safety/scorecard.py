@@ -110,7 +110,7 @@ def outcomes(plan: Plan, groups: pd.DataFrame) -> list[dict[str, Any]]:
                 seconds["draw_seconds"] = mean(one["seconds"] for one in stats)
             row = {**labels, "asked": "protected" if asked else "allowed", "n": len(records), "run_id": run.id}
             row |= {end: ends[end] for end in ENDS}
-            if values:
+            if any(value["group"] in records for value in values):  # else these requests were not measured
                 row["answered"] = len(answered & end_of.keys())
                 row["steered_answered"] = sum(end_of[group] == "steered" for group in answered & end_of.keys())
             rows.append(row | {name: round(value, 4) for name, value in seconds.items()})
@@ -222,7 +222,7 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
         axes[1].plot([], [], linestyle="none", color=style.FAINT, marker=SHAPES[layer], label=layer)
     n = part.loc[part["metric"] == SAFE, "n_units"].iloc[0]
     y = f"{humanize(SAFE)} (up): protected requests stopped"
-    x = f"{humanize(useful)} (up): allowed requests answered"
+    x = f"{humanize(useful)} (up): allowed requests {'answered' if useful == ANSWERED else 'returned'}"
     axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=style.wrapped(y, 0.85 * figure.get_figheight()))
     axes[1].set(xlabel=style.wrapped(x, 0.7 * width))
     for axis in axes:
@@ -378,11 +378,11 @@ def write_scorecard(plan: Plan) -> list[Path]:
 def write_floors(plan: Plan) -> pd.DataFrame:
     """Write and return the floors of the plan's models that have the metric of answered requests, a row each.
 
-    Without any such model, as with requests generated from a policy, there is no file.
+    Without any such model there is no file.
     """
     configs = {spec.cfg.model.name: spec.cfg for spec in plan.runs if ANSWERED in measured(spec.cfg)}
     rows = [
-        {"experiment": plan.name, "model": model, **asdict(Floors.read(project_path(cfg.floors.file)))}
+        {"experiment": plan.name, "model": model, **asdict(Floors.read(project_path(cfg.metric[ANSWERED].floors)))}
         for model, cfg in configs.items()
     ]
     if not rows:

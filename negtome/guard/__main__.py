@@ -193,7 +193,7 @@ def queue(arguments: argparse.Namespace) -> int:
             print(_line(f"{ticket.id}  {ticket.state}{by}  {ticket.created}  {ticket.action}, {cited}"))
             fields = {name: value for name, value in ticket.request.items() if value is not None}
             print(f"    {_line(json.dumps(fields, ensure_ascii=False))}")
-        print(f"{len(listed)} requests")
+        print("1 request" if len(listed) == 1 else f"{len(listed)} requests")
         return 0
     if arguments.step == "decide":
         ticket = tickets.decide(arguments.id, arguments.decision, arguments.by)

@@ -9,15 +9,19 @@ from typing import Any
 
 from negtome.guard.__main__ import add_guard_options, find_guard
 from negtome.guard.audit import Audit
-from negtome.guard.policy import read_policy
+from negtome.guard.policy import Policy, read_policy
 from negtome.guard.queue import Queue
+from negtome.guard.verdict import Guard, GuardError, decide
 from negtome.serve.checks import add_check_options, find_checks, try_checks
 from negtome.serve.request import Limits
+from negtome.validation import one_line
 
 #: Environment variable with the key that clients must send.
 KEY = "NEGTOME_SERVE_API_KEY"
 #: Default folder of the audit file and the queue.
 FOLDER = Path("negtome-serve")
+#: Request by which the guard is tried before the server listens.
+FIRST_REQUEST = "a lighthouse by the sea"
 
 
 def main(options: argparse.Namespace) -> int:
@@ -45,6 +49,7 @@ def main(options: argparse.Namespace) -> int:
     audit, queue = Audit(options.audit, options.audit_text), Queue(options.queue)
     with _bind(options.host, options.port) as listener:  # like the record, before the model is loaded
         audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id, "checks": [*checks]})
+        _try_guard(policy, guard)
         try_checks(checks)
         maker, source, name = _maker(options, policy)
         service = Service(policy, guard, maker, audit, queue, [*checks.values()], limits, name)
@@ -65,6 +70,20 @@ def main(options: argparse.Namespace) -> int:
         with warnings_as_lines():
             uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _try_guard(policy: Policy, guard: Guard) -> None:
+    """Let the guard decide an ordinary request, before a pipeline is loaded: is it there, and can it read the policy?
+
+    Raises:
+        ValueError, ImportError: it cannot; the message names the guard.
+    """
+    try:
+        verdict = decide(policy, guard, FIRST_REQUEST)
+    except (ValueError, OSError, GuardError) as error:
+        raise ValueError(f"the guard {guard.name} cannot decide a first request: {error}") from error
+    if verdict.action == "invalid":
+        print(f"note: the guard {guard.name} has no valid reply to a first request: {one_line(verdict.reason)}")
 
 
 def _bind(host: str, port: int) -> socket.socket:

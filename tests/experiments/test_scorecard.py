@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from plans import plan_of
 
+from eval.requests import Floors
 from eval.significance import holm
+from experiments import PROJECT
+from experiments.runs.metrics import left_out_lines
 from experiments.safety import scorecard
 
 
@@ -170,8 +173,20 @@ def test_the_figure_has_a_path_for_each_guard_and_what_answers_nothing_stands_ap
     assert [name for name in paths if name in scorecard.LAYERS] == list(scorecard.LAYERS)
 
 
-def test_requests_of_a_policy_have_no_floors():
-    generated = plan_of(["experiment=own_policy"], "guarded")
+def test_requests_of_a_policy_are_answered_by_the_published_floors_of_the_model(tmp_path):
+    overrides = ["experiment=own_policy", f"outputs={tmp_path}"]
+    (floors,) = scorecard.write_floors(plan_of(overrides, "guarded")).to_dict("records")
+    published = pd.read_csv(PROJECT / "results" / "safety" / "floors.csv").set_index("model").loc["mini-sdxl"]
+    assert floors["clip_score"] == pytest.approx(published["clip_score"], rel=1e-4)
+    assert floors["realism"] == pytest.approx(published["realism"], rel=1e-4)
+
+
+def test_requests_of_a_policy_have_no_answers_where_the_model_has_no_floors(tmp_path):
+    generated = plan_of(["experiment=own_policy", "model=mini-flux", f"outputs={tmp_path}"], "guarded")
     floors = scorecard.write_floors(generated)
     assert floors.empty and list(floors.columns) == scorecard.FLOOR_COLUMNS
     assert not generated.result_file("floors.csv").exists()
+    (line,) = [line for line in left_out_lines([generated.cfg]) if "floors" in line]
+    assert line.startswith("model=mini-flux: left out: answered: the model has no floors of an answer")
+    Floors(20.0, 0.3, 0.05, 9, "a run").write(tmp_path / "safety_floors" / "mini-flux.json")
+    assert scorecard.write_floors(generated)["clip_score"].tolist() == [20.0]

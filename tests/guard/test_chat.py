@@ -204,6 +204,8 @@ def test_the_key_is_sent_and_the_account_only_with_its_own_key(environment, key,
     ("options", "message"),
     [
         ({"base_url": "127.0.0.1:8000/v1"}, "expected an address such as"),
+        ({"base_url": "localhost:9"}, "without a key in it, got 'localhost:9'"),
+        ({"base_url": f"me:{SECRET}@host/v1"}, "expected an address such as"),
         ({"base_url": "ftp://host/v1"}, "expected an address such as"),
         ({"base_url": "http://"}, "expected an address such as"),
         ({"base_url": f"http://me:{SECRET}@host/v1"}, "expected an address such as"),

@@ -639,6 +639,8 @@ def test_images_of_the_small_model_change_when_they_are_steered():
         ("--check chat --check-base-url http://h/v1 --check-model m --check-folder .", "expected no --check-folder"),
         ("--check chat --check-base-url http://me:sk-9@h/v1 --check-model m", "without a key in it"),
         ("--check chat --check-base-url http://127.0.0.1:1/v1 --check-model m", "is it started?"),
+        ("--guard chat --guard-base-url http://127.0.0.1:1/v1 --guard-model m", "is it started?"),
+        ("--guard chat --guard-base-url localhost:9 --guard-model m", "got 'localhost:9'"),
         ("--check shieldgemma2", "expected --check-folder with --check shieldgemma2"),
         ("--check shieldgemma2 --check-folder nowhere", "expected a ShieldGemma 2 model in nowhere"),
         ("--check shieldgemma2 --check-folder . --check-threshold 2", "threshold must be between 0 and 1"),
@@ -657,6 +659,16 @@ def test_an_option_that_cannot_be_used_ends_in_one_line_before_the_model_is_load
     assert main(["serve", "--policy", str(policy), "--guard", "keyword", "--port", "0", *options.split()]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1 and "sk-9" not in printed
+
+
+def test_a_guard_without_a_valid_reply_to_a_first_request_is_announced(written, document, tmp_path, server, capsys):
+    server.answer = completion("no")
+    options = f"--guard chat --guard-base-url {server.url} --guard-model m --port 0 --model {tmp_path}/nowhere"
+    records = ["--audit", str(tmp_path / "audit.jsonl"), "--queue", str(tmp_path / "queue")]
+    assert main(["serve", "--policy", str(written(document)), *options.split(), *records]) == 2
+    printed = capsys.readouterr()
+    assert "no valid reply to a first request" in printed.out and "nowhere" in printed.err
+    assert "vampire" not in [message["content"] for message in server.asked[0][2]["messages"]][1]
 
 
 POLICY_CODES = {"a goblin": 4, "a police officer": 5, "draw a vampire": 3}
