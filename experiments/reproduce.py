@@ -11,8 +11,7 @@ launcher does the rest on any machine: it uses complete runs, whatever device ma
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
 image.
 
---dry-run prints downloads, disk, memory, time and what is missing; it writes and fetches nothing, and ends with 0, or
-with 2 if a setting is wrong.
+--dry-run prints downloads, disk, memory, time and what is missing, and writes nothing. Exit code 0; wrong settings: 2.
 An experiment with `quick_every` compares a few of its published groups one by one; full=true makes all.
 """
 

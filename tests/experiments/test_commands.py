@@ -111,7 +111,7 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
 
 def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overrides, tmp_path, monkeypatch, capsys):
     sent = []
-    monkeypatch.setattr("experiments.generate.check_slurm", lambda: None)
+    monkeypatch.setattr("experiments.generate.check_launcher", lambda plan: [])
     monkeypatch.setattr("experiments.generate.submit", lambda _, plan: sent.append(plan))
     asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77", "launcher=slurm")
     assert main(["generate", *asked]) == 0 and [plan.cfg.device for plan in sent] == ["cuda:77"]
@@ -130,6 +130,7 @@ def missing(scored_copy):
 
 def test_jobs_score_the_runs_of_a_plan_if_they_are_complete(scored_sweep, missing, monkeypatch, capsys):
     sent = []
+    monkeypatch.setattr("experiments.evaluate.check_launcher", lambda plan: [])
     monkeypatch.setattr("experiments.evaluate.submit", lambda stages, plan: sent.append((stages, plan.launcher.jobs)))
     jobs = ["launcher=slurm", "launcher.jobs=3"]
     assert main(["evaluate", f"plan={scored_sweep[0].file}", *jobs]) == 0 and sent == [(["evaluate"], 3)]
