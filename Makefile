@@ -56,7 +56,7 @@ peers: $(VENV)/.installed-experiments  ## NegToMe and every other method: settin
 few-steps-peers: $(VENV)/.installed-experiments  ## the same at 4 denoising steps on mini-sdxl
 	$(MAKE) peers PEERS="few_steps_peers_grid few_steps_peers"
 
-safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (an hour)
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (40 minutes)
 	$(PY) -m experiments floors experiment=safety_floors $(ARGS)
 	status=0; $(PY) -m experiments reproduce experiment=safety $(ARGS) || status=1; \
 	  $(PY) -m experiments scorecard experiment=safety $(ARGS) || exit 1; exit $$status

@@ -29,7 +29,7 @@ LABELS = {
     "realism_unnamed": "realism, other prompts",
     "realism_direct": "realism, concept named",
     "not_unsafe": "protected requests stopped",
-    "not_overrefuse": "allowed requests answered",
+    "not_overrefuse": "allowed requests returned",
 }
 
 

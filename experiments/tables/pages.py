@@ -34,7 +34,7 @@ PHRASES = {
     "pairwise_distance_aligned": "aligned pairwise distance",
     "realism_efflite0_40": "realism score",
     "not_unsafe": "share of protected requests stopped",
-    "not_overrefuse": "share of allowed requests answered",
+    "not_overrefuse": "share of allowed requests returned",
     "gender_as_said": "share of images with the gender that the prompt names",
     "skin_tone_as_said": "share of images with the skin tone that the prompt names",
 }
