@@ -181,7 +181,7 @@ def test_the_noise_of_the_two_models_differs(tiny_sdxl):
     [
         ({"base_steps": -1}, ValueError, "method.base_steps must be a whole number of at least 0"),
         ({"substeps": 0}, ValueError, "method.substeps must be a whole number from 1"),
-        ({"base_guidance": -1}, ValueError, "method.base_guidance must be between 0"),
+        ({"base_guidance": -1}, ValueError, "method.base_guidance must be at least 0"),
         (
             {"base": "no/such/folder"},
             FileNotFoundError,

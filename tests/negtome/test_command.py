@@ -535,6 +535,11 @@ def test_the_checkout_is_handed_over_to(monkeypatch):
     import experiments.__main__
 
     handed = []
-    monkeypatch.setattr(experiments.__main__, "main", lambda argv: handed.append(argv) or 3)
+    monkeypatch.setattr(experiments.__main__, "main", lambda argv, typed: handed.append((argv, typed)) or 3)
     assert main(["demo", "--port", "1"]) == main(["doctor", "pixel"]) == 3
-    assert handed == [["demo", "--port", "1"], ["doctor", "pixel"]]
+    assert main(["generate", "a cat", "--method", "cads"]) == 3
+    assert handed == [
+        (["demo", "--port", "1"], None),
+        (["doctor", "pixel"], None),
+        (["try", "a cat", "--method", "cads"], "generate --method"),
+    ]
