@@ -532,6 +532,7 @@ def test_the_library_alone_has_a_doctor_and_says_where_the_demo_is(monkeypatch, 
 
 
 def test_the_checkout_is_handed_over_to(monkeypatch):
+    pytest.importorskip("omegaconf", reason="the experiments need their packages")
     import experiments.__main__
 
     handed = []
