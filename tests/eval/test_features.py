@@ -287,6 +287,7 @@ def test_sscd_sees_images_as_its_authors_recommend(home, published, tmp_path):
     assert Sscd(tmp_path / name).id.startswith("sscd_disc_mixup-")
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys_torchmetrics_and_the_papers_scripts(home):
     """The paper's script stretches and crops, rounds down to 8 bits, and has a torchmetrics without antialiasing."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -323,6 +323,7 @@ def recomputed(table, queries):
     return rates
 
 
+@pytest.mark.slow
 def test_every_rate_is_recomputed_from_the_published_queries(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: bool(images[0, 0, 0, 0] > images[0, -1, -1, 0]))
     more = [

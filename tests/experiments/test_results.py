@@ -17,11 +17,11 @@ RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py
 TABLES = {path.parent.name: path for path in sorted(RESULTS.glob(f"*/{TABLE}")) if path.parent.name in EXPERIMENTS}
 #: The large ones are read in full among the slow tests.
-READ = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("peers")) for name in TABLES]
+READ = [pytest.param(name, marks=[pytest.mark.slow] * ("peers" in name)) for name in TABLES]
 
 
 #: Composing all runs takes seconds a table: by default these stand for the others.
-COMPOSED = {"diversity", "copyright", "stereotypes"}
+COMPOSED = {"diversity", "stereotypes"}
 
 
 #: Experiments whose tables are not made yet (`paper` needs a GPU), one that sets floors, and one of a user's own

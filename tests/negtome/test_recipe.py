@@ -210,7 +210,7 @@ fields = [one.name for one in dataclasses.fields(Recipe)]
 settings_of = [one.name for one in dataclasses.fields(NegToMeConfig)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(
     st.dictionaries(st.sampled_from(fields), anything, max_size=3),
     st.dictionaries(st.sampled_from(settings_of), anything, max_size=2),
