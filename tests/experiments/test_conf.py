@@ -53,6 +53,8 @@ REPRESENTATIVE = {
 }  # fmt: skip
 #: Suites of metrics that the tests of models and experiments build.
 SUITES_OF_OTHERS = {"copyright", "copyright_tune", "diversity", "fair", "full", "safety", "stereotypes"}
+#: Suites that need networks of others, which are rarely changed.
+RARE = {"paper", "preference", "released"}
 
 
 @functools.cache
@@ -121,7 +123,7 @@ def test_every_set_of_prompts_is_built(option):
 
 @pytest.mark.parametrize(
     "option",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SUITES_OF_OTHERS)) for name in OPTIONS["metric"]],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SUITES_OF_OTHERS | RARE)) for name in OPTIONS["metric"]],
 )
 def test_every_suite_of_metrics_is_built(option):
     metrics = OmegaConf.to_container(composed(f"metric={option}").metric, resolve=True, throw_on_missing=True)

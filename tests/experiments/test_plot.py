@@ -190,7 +190,8 @@ def test_labels_of_equal_points_stand_apart_and_the_same_each_time():
     assert [box.bounds for box in boxes] == [box.bounds for box in drawn()]
 
 
-@pytest.mark.parametrize("width", [3.25, pytest.param(6.75, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [3.25, 6.75])
 def test_a_pdf_in_a_papers_style_has_exactly_the_width_and_type_of_readable_size(width, tmp_path):
     with using("paper", width):
         drawn = figures.figures_for(table(*TABLES["one window"])) | figures.figures_for(table(*TABLES["methods"]))
