@@ -458,7 +458,7 @@ def test_previews_take_a_tenth_of_the_time_and_are_not_the_pipeline_s(loaded, mo
 
     monkeypatch.setattr(watch, "_preview", preview)
     handle = loaded.loaded[1].unet.register_forward_pre_hook(step)
-    steps = 4  # of each of the two rows, a second each
+    steps = 6  # of each of the two rows, a second each
     try:
         for run, slack in ((0, cost), (1, 0)):  # the first run does not know what a preview takes
             previews.clear()
