@@ -277,6 +277,7 @@ def test_other_choices_stay(grid):
     assert written["sdxl"]["lower_guidance"] in np.arange(1, 5.001, 0.001).round(3)
 
 
+@pytest.mark.slow
 def test_single_settings_are_compared_as_they_are_and_a_baseline_alone_is_refused(grid):
     _, plan, results = grid
     one_each = list({spec.cfg.method.name: spec for spec in plan.runs}.values())
