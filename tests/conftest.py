@@ -15,8 +15,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# Examples of a property that sets no number of its own: a quarter of the usual number.
+settings.register_profile("short", max_examples=25)
+settings.load_profile("short")
 
 
 def pytest_collection_finish():

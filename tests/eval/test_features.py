@@ -178,7 +178,7 @@ ENCODERS = {
 }
 
 
-SLOW = ("torchvision", "inception-released")
+SLOW = ("inception", "torchvision", "inception-released")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +287,7 @@ def test_sscd_sees_images_as_its_authors_recommend(home, published, tmp_path):
     assert Sscd(tmp_path / name).id.startswith("sscd_disc_mixup-")
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys_torchmetrics_and_the_papers_scripts(home):
     """The paper's script stretches and crops, rounds down to 8 bits, and has a torchmetrics without antialiasing."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -310,6 +311,7 @@ def test_inception_is_torch_fidelitys_torchmetrics_and_the_papers_scripts(home):
         torch.testing.assert_close(encoder.embed_images([image]), network((crop * 255).byte()), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_torchvisions_inception_sees_images_as_the_papers_script(home):
     from torchvision import transforms
     from torchvision.models import inception_v3
@@ -428,7 +430,9 @@ def answering(monkeypatch):
     monkeypatch.setattr("eval.weights.network_failure", lambda _: None)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("sscd", 0), ("inception", 0), ("inception", 1)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sscd", 0), pytest.param("inception", 0, marks=pytest.mark.slow), ("inception", 1)]
+)
 def test_missing_files_are_downloaded_and_found_under_every_name(
     kind, name, published, empty_home, answering, monkeypatch
 ):

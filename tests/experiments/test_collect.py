@@ -160,9 +160,17 @@ WAYS = {
 }
 
 
+NAMES = ["config.yaml", "environment.json", "manifest.jsonl", "metrics/*.json"]
+#: By default every second pair of a way and a file: each way damages two files, and each file is damaged in four ways.
+DAMAGES = [
+    pytest.param(way, name, marks=[pytest.mark.slow] * ((row + column) % 2))
+    for row, way in enumerate(WAYS)
+    for column, name in enumerate(NAMES)
+]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "manifest.jsonl", "metrics/*.json"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "name"), DAMAGES)
 def test_a_hostile_file_of_any_kind_is_named_and_keeps_no_other_run_out(way, name, copy):
     outputs, (_, pushed) = copy
     (file, *_) = sorted(pushed.glob(name))

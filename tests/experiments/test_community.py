@@ -200,7 +200,7 @@ def change(tree, path):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_changed_value_is_refused(laid, data):
     """By the digest; and, signed again, by what was recomputed, but for the date and the version of Python."""
     plan, folder = laid
@@ -384,6 +384,7 @@ def test_without_history_a_commit_is_not_looked_for(sent, monkeypatch, tmp_path,
     assert main(["verify", str(sent[0])]) == 0 and "commits were not checked" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_only_what_would_be_accepted_is_written(laid, commit, tmp_path, capsys):
     folder = tmp_path / "laid"
     plan = lay_down(folder, f"{commit}+changes")

@@ -47,14 +47,14 @@ CHOOSING |= {"few_steps_sweep", "few_steps_peers_grid"}
 CHOOSING |= {f"ablate_{setting}" for setting in ("alpha", "threshold", "window", "blocks")}
 #: Options that stand for the others of their group by default.
 REPRESENTATIVE = {
-    "model": {"mini-sdxl", "mini-flux", "sdxl", "flux-dev", "flux-schnell"},
-    "experiment": {
-        "diversity", "sweep", "copyright", "copyright_sweep", "stereotypes", "safety", "cfg_scale", "latency",
-    },
-    "guard": {"keyword", "nearest"},
+    "model": {"mini-sdxl", "mini-flux", "sdxl"},
+    "experiment": {"diversity", "sweep", "copyright", "safety"},
+    "guard": {"nearest"},
 }  # fmt: skip
 #: Suites of metrics that the tests of models and experiments build.
 SUITES_OF_OTHERS = {"copyright", "copyright_tune", "diversity", "fair", "full", "safety", "stereotypes"}
+#: Suites that need networks of others, which are rarely changed.
+RARE = {"paper", "preference", "released"}
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def test_every_set_of_prompts_is_built(option):
 
 @pytest.mark.parametrize(
     "option",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SUITES_OF_OTHERS)) for name in OPTIONS["metric"]],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SUITES_OF_OTHERS | RARE)) for name in OPTIONS["metric"]],
 )
 def test_every_suite_of_metrics_is_built(option):
     metrics = OmegaConf.to_container(composed(f"metric={option}").metric, resolve=True, throw_on_missing=True)
@@ -237,6 +237,7 @@ def test_the_two_matchings_differ_in_the_matching_alone():
     assert isinstance(build(side_by_side("method")["none"]), Baseline)
 
 
+@pytest.mark.slow
 def test_the_real_models_strengths_are_the_librarys_presets():
     for model, preset, differs in (
         ("sdxl", ("sdxl", "evaluation"), {"matching", "cross_attention"}),
@@ -248,6 +249,7 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         assert changed == differs, model
 
 
+@pytest.mark.slow
 def test_models_of_few_steps_have_the_librarys_settings_for_them():
     def config(*overrides):
         return build(first(["method=negtome", *overrides]).method).config
@@ -279,14 +281,11 @@ def test_settings_for_a_number_of_steps_replace_those_of_the_model():
             assert config(model, steps, "older_protocol=true") == chosen, "an older table has no few steps"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "n_runs"),
-    [(["method=none,negtome,control_blurred"], 13), pytest.param([], 34, marks=pytest.mark.slow)],
-)
-def test_every_run_of_few_steps_is_compared_with_the_baseline_of_as_many_steps(overrides, n_runs):
-    runs = compose_runs(["experiment=few_steps", *overrides], baselines=True)
+@pytest.mark.slow
+def test_every_run_of_few_steps_is_compared_with_the_baseline_of_as_many_steps():
+    runs = compose_runs(["experiment=few_steps"], baselines=True)
     cells = {(cfg.model.name, cfg.model.call.num_inference_steps, cfg.method.name) for cfg, _ in runs}
-    assert len(cells) == len(runs) == n_runs
+    assert len(cells) == len(runs) == 34
     for cfg, place in runs:
         baseline = runs[place][0]
         assert baseline.method.name == "none" and baseline.model == cfg.model

@@ -281,6 +281,7 @@ def test_a_look_at_a_mask_drops_no_model_waits_for_none_and_survives_a_drop(load
     assert dropping.grid("mini-sdxl") == loaded.grid("mini-sdxl") is not None
 
 
+@pytest.mark.slow
 def test_quality_is_away_from_a_blurred_copy_of_each_image(loaded):
     last = result(loaded, replace(SHORTEST, mode="quality", blur=0.1, alpha=0.6))
     copies = [negtome.Reference(blurred(image, 0.1)) for image in last.rows[0].images]
@@ -358,10 +359,16 @@ def run_script(loaded, folder, monkeypatch, text):
     return loads
 
 
-@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_exports_of_compared_methods_make_these_very_images(loaded, tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize(
+    ("methods", "steps"),
+    [
+        (("negtome_previous", "cads"), 1),
+        *(pytest.param(("negtome_previous", "cads", "best_of"), n, marks=pytest.mark.slow) for n in (1, 2)),
+    ],
+)
+def test_the_exports_of_compared_methods_make_these_very_images(loaded, tmp_path, monkeypatch, methods, steps):
     """Methods with settings, with random numbers and with other seeds; the command has NegToMe's settings."""
-    methods, model = ("negtome_previous", "cads", "best_of"), models.find("mini-sdxl")
+    model = models.find("mini-sdxl")
     last = result(loaded, replace(SHORT, mode="compare", methods=methods, seed=3, steps=steps))
     assert not any(row.refused for row in last.rows)
     script, command = (export.text for export in exports(last.request, last.recipe, model))
@@ -398,7 +405,8 @@ def test_similarity_to_the_reference_image_is_shown_for_both_rows(loaded, folder
     assert again.rows[0].kept and again.rows[0].similarity != last.rows[0].similarity, "a kept row is measured again"
 
 
-@pytest.mark.parametrize("mode", ["diversity", pytest.param("away", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["diversity", "away"])
 def test_images_that_show_something_else_come_with_a_warning(loaded, away, mode):
     last = result(loaded, replace(away, mode=mode, mask="", steps=4, seed=1, threshold=-1, alpha=4))
     baseline, torn = last.rows

@@ -38,13 +38,13 @@ def forbid_pipelines(monkeypatch):
     monkeypatch.setattr("experiments.runs.workers._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
 
 
-def test_controls_are_edits_of_the_baselines_images_and_load_no_pipeline(tmp_path, overrides, monkeypatch):
-    names = ",".join(f"control_{name}" for name in CONTROLS)
-    plan = plan_of(overrides(tmp_path, f"none,{names}"))
+@pytest.mark.parametrize("names", [["noisy"], pytest.param([*CONTROLS], marks=pytest.mark.slow)])
+def test_controls_are_edits_of_the_baselines_images_and_load_no_pipeline(tmp_path, overrides, monkeypatch, names):
+    plan = plan_of(overrides(tmp_path, ",".join(["none", *(f"control_{name}" for name in names)])))
     generate(plan_of(overrides(tmp_path, "none")))
     forbid_pipelines(monkeypatch)
     generate(plan)
-    for number, edit in enumerate(CONTROLS.values(), 1):
+    for number, edit in enumerate((CONTROLS[name] for name in names), 1):
         baseline, edited = groups_of(plan, 0), groups_of(plan, number)
         for group, images in baseline.items():
             for index, image in enumerate(images):

@@ -388,6 +388,7 @@ def test_the_copyright_experiment_pushes_direct_prompts_and_leaves_benign_ones_a
             assert any(counts) and None in counts, "attached only where a concept was found"
 
 
+@pytest.mark.slow
 def test_the_copyright_table_has_every_configured_number(scored):
     plan, runs, page = scored
     frame = pd.read_csv(plan.result_file(), dtype=TEXT)
@@ -447,6 +448,7 @@ def test_a_method_with_references_is_built_once_for_all_runs_of_a_model(copyrigh
     assert built.count("negtome_reference") == 1
 
 
+@pytest.mark.slow
 def test_without_reference_images_the_errors_say_which_settings_to_add(scored, tmp_path):
     plan, _, _ = scored
 

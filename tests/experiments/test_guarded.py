@@ -305,6 +305,12 @@ def test_every_verdict_is_on_record_once_and_no_record_decides(folders):
     file = folders / "audit.jsonl"
     (row,) = map(json.loads, file.read_text().splitlines())
     assert (row["action"], row["clauses"]) == ("refuse", ["C2"]) and not check_chain(file).fault
+
+
+@pytest.mark.slow  # another process imports the benchmark
+def test_a_verdict_of_another_process_continues_the_record(folders):
+    file = folders / "audit.jsonl"
+    guarded(folders, "steer", Says(RIGHT), keep=True).verdict("a sea")
     code = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parents[2])]!r}

@@ -60,7 +60,7 @@ def prompts_of(path, split_name="test", **more):
 
 
 @given(policies(), st.sampled_from(["test", "development"]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_requests_of_any_policy_have_the_actions_that_follow(tmp_path, document, split_name):
     path = tmp_path / "policy.yaml"
     path.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")

@@ -95,12 +95,11 @@ EXPECTED = {
 }  # fmt: skip
 
 
-#: Of each kind of figure one is drawn in both styles, and all are among the slow tests.
+#: One of each kind of figure is drawn for pages, and two for papers. The slow tests draw the others.
+USUAL = {"web": {"methods", "one window", "guidance", "many", "steps"}, "paper": {"one window", "many"}}
 DRAWN = [
-    pytest.param(
-        name, kind, marks=[pytest.mark.slow] * (name not in ("methods", "one window", "guidance", "many", "steps"))
-    )
-    for name, kind in itertools.product(TABLES, ("web", "paper"))
+    pytest.param(name, kind, marks=[pytest.mark.slow] * (name not in USUAL[kind]))
+    for name, kind in itertools.product(TABLES, USUAL)
 ]
 
 
@@ -150,7 +149,7 @@ def points_of(axis):
 
 @pytest.mark.parametrize("kind", ["web", pytest.param("paper", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["sweep", *(pytest.param(n, marks=pytest.mark.slow) for n in ("peers", "safety")), "peers_grid"]
+    "name", ["sweep", *(pytest.param(n, marks=pytest.mark.slow) for n in ("peers", "safety", "peers_grid"))]
 )
 def test_no_label_of_a_published_front_hides_another_or_a_point_and_the_star_is_the_choice(name, kind):
     frame = read_table(name)
@@ -191,7 +190,8 @@ def test_labels_of_equal_points_stand_apart_and_the_same_each_time():
     assert [box.bounds for box in boxes] == [box.bounds for box in drawn()]
 
 
-@pytest.mark.parametrize("width", [3.25, pytest.param(6.75, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [3.25, 6.75])
 def test_a_pdf_in_a_papers_style_has_exactly_the_width_and_type_of_readable_size(width, tmp_path):
     with using("paper", width):
         drawn = figures.figures_for(table(*TABLES["one window"])) | figures.figures_for(table(*TABLES["methods"]))
@@ -236,7 +236,8 @@ def test_a_long_front_is_named_in_full():
 def test_the_same_table_gives_the_same_bytes():
     one, other = (figures.pareto(table(*TABLES["alphas"]), *tuple(METRICS)[:2], "m") for _ in range(2))
     for kind, start in {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}.items():
-        assert encode(one, kind) == encode(other, kind) and encode(one, kind).startswith(start)
+        encoded = encode(one, kind)
+        assert encoded == encode(other, kind) and encoded.startswith(start)
 
 
 @pytest.mark.parametrize("directions", [(True, True), (True, False), (False, True), (False, False)])

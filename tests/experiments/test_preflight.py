@@ -22,8 +22,10 @@ from experiments.runs.store import Run
 
 
 def slow(*values):
-    """Mark values of a parameter as slow."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Mark values of a parameter, or tuples of several, as slow."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    ]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_a_real_checkpoint_on_an_empty_machine_is_one_list_and_no_image(empty_ho
     assert err.count("No image can be made without the weights of model=sdxl") == 2 and "metric=none" not in err
     assert "fid" in out.splitlines()[0]
     assert "pairwise_distance_aligned" in notes(blocks[1])["without it"], "nothing else can test the hypothesis"
-    for block in blocks[2:4]:  # every one composes anew
+    for block in blocks[2:3]:  # every one composes anew
         note = notes(block)
         (cfg,) = configs = expand([*overrides, *shlex.split(note["without it"])])
         assert not {*note["needed by"].split(", ")} & {*cfg.metric}
@@ -76,6 +78,7 @@ def test_a_real_checkpoint_on_an_empty_machine_is_one_list_and_no_image(empty_ho
         assert block[0] not in problems and any(str(empty_home / "mine") in problem for problem in problems)
 
 
+@pytest.mark.slow
 def test_metric_none_generates_what_cannot_be_scored_here(tiny_overrides, empty_home, capsys):
     overrides = [one for one in tiny_overrides("diversity", empty_home, "method=none") if "metric" not in one]
     overrides = [one for one in overrides if not one.startswith(("scorer@", "primary."))]
@@ -113,8 +116,7 @@ def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, cap
     "overrides",
     [
         ["experiment=diversity", "method=none,negtome"],
-        ["experiment=copyright", "method=none"],
-        *slow(["experiment=diversity"]),
+        *slow(["experiment=copyright", "method=none"], ["experiment=diversity"]),
         *slow(*([f"experiment={name}"] for name in ("copyright", "peers_grid", "safety", "stereotypes", "sweep"))),
     ],
 )
@@ -219,7 +221,7 @@ def test_missing_files_are_fetched_on_request_or_before_the_first_image(empty_ho
     assert (empty_home / "outputs").exists() and main(["evaluate", *overrides]) == 0 and len(fetched) == 2
 
 
-@pytest.mark.parametrize("suite", ["full", "preference", *slow("released", "copyright", "stereotypes")])
+@pytest.mark.parametrize("suite", ["full", *slow("preference", "released", "copyright", "stereotypes")])
 def test_every_network_of_a_suite_takes_its_place_from_a_declared_key(suite):
     pictures = [f"model.{key}=anywhere" for key in ("reference_images", "copyright.scoring", "copyright.held_out")]
     (cfg,) = expand(["model=sdxl", f"metric={suite}", "method=none", *pictures])
@@ -271,8 +273,10 @@ def test_the_output_check_of_the_safety_experiment_is_independent_of_its_evaluat
     ("override", "shared"),
     [
         ("method.check.encoder=${model.copyright.encoder}", "the encoder mini-clip"),
-        ("method.check.held_out=${model.copyright.held_out}", "held-out images"),
-        ("metric.not_unsafe.references=${model.copyright.guidance}", "reference images"),
+        *slow(
+            ("method.check.held_out=${model.copyright.held_out}", "held-out images"),
+            ("metric.not_unsafe.references=${model.copyright.guidance}", "reference images"),
+        ),
     ],
 )
 def test_a_check_that_shares_something_with_its_evaluator_is_refused(override, shared):

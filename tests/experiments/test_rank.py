@@ -229,9 +229,11 @@ def test_a_method_of_single_steps_is_chosen_and_ranked_at_a_measured_value(laid_
 SHARES = st.tuples(*[st.integers(-3, 6).map(lambda n: n / 100)] * 4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(gains=SHARES, clip=SHARES, realism=SHARES)
-@pytest.mark.parametrize("method", ["limited_interval", "diversity_distillation", "rewriting"])
+@pytest.mark.parametrize(
+    "method", ["limited_interval", "diversity_distillation", pytest.param("rewriting", marks=pytest.mark.slow)]
+)
 def test_without_interpolation_every_choice_was_measured(laid_grid, method, gains, clip, realism):
     paths = laid_grid(method=method, gains=gains, clip=clip, realism=realism)
     values = HYPERPARAMETERS[method]["values"]["mini-sdxl"]
@@ -275,6 +277,7 @@ def test_other_choices_stay(grid):
     assert written["sdxl"]["lower_guidance"] in np.arange(1, 5.001, 0.001).round(3)
 
 
+@pytest.mark.slow
 def test_single_settings_are_compared_as_they_are_and_a_baseline_alone_is_refused(grid):
     _, plan, results = grid
     one_each = list({spec.cfg.method.name: spec for spec in plan.runs}.values())

@@ -283,6 +283,7 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_text() for path in folder.rglob("*.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(overrides, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "experiments")
     monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: False)  # whatever random weights draw
@@ -323,6 +324,7 @@ def recomputed(table, queries):
     return rates
 
 
+@pytest.mark.slow
 def test_every_rate_is_recomputed_from_the_published_queries(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: bool(images[0, 0, 0, 0] > images[0, -1, -1, 0]))
     more = [

@@ -94,11 +94,11 @@ def pngs(folder):
             "text_encoder/model.fp16", "text_encoder_2/model.fp16", "unet/diffusion_pytorch_model.fp16",
             "vae/diffusion_pytorch_model.fp16",
         }),
-        ("flux-dev", {
+        pytest.param("flux-dev", {
             "text_encoder/model", "vae/diffusion_pytorch_model",
             *(f"text_encoder_2/model-0000{number}-of-00003" for number in (1, 2, 3)),
             *(f"transformer/diffusion_pytorch_model-0000{number}-of-00003" for number in (1, 2, 3)),
-        }),
+        }, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_fetched_once_and_in_no_other_form_than_it_is_loaded_in(name, weights, online):
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_fetched_once_and_in_no_other_form_than_it_is_loaded_in(
     assert checkpoints.find_checkpoint(config) == checkpoint and not online.requests
 
 
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", [401, pytest.param(403, marks=pytest.mark.slow)])
 def test_who_may_not_download_a_gated_checkpoint_reads_where_its_licence_is_accepted(status, online, tmp_path, capsys):
     online.repositories[FLUX].gated = status
     outputs = tmp_path / "outputs"

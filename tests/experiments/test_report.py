@@ -425,6 +425,7 @@ def test_killed_anywhere_there_is_a_complete_page_and_the_next_one_is_made(small
     assert f"{0.2}" in report.report(results, outputs, tmp_path / "report", groups=1).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")
 def test_several_at_once_leave_one_complete_page(small, tmp_path):
     results, outputs, _ = small

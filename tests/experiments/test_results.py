@@ -16,12 +16,13 @@ from experiments.tables.paths import TABLE
 RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py
 TABLES = {path.parent.name: path for path in sorted(RESULTS.glob(f"*/{TABLE}")) if path.parent.name in EXPERIMENTS}
-#: The large ones are read in full among the slow tests.
-READ = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("peers")) for name in TABLES]
+#: These are rendered by default: one of each kind of prompts. The slow tests render the others.
+RENDERED = {"diversity", "copyright", "safety"}
+READ = [pytest.param(name, marks=[pytest.mark.slow] * (name not in RENDERED)) for name in TABLES]
 
 
-#: Composing all runs takes seconds a table: by default these stand for the others.
-COMPOSED = {"diversity", "copyright", "stereotypes"}
+#: Composing all runs takes seconds a table: by default this one stands for the others.
+COMPOSED = {"diversity"}
 
 
 #: Experiments whose tables are not made yet (`paper` needs a GPU), one that sets floors, and one of a user's own

@@ -115,7 +115,7 @@ def test_variants_add_up_their_hook_points():
 # --- steps of tiny models ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_flops_of_a_step_are_those_of_torchs_counter(tiny, record, images):
     pipe, spec = tiny
     chunks = 2 if hasattr(pipe, "unet") else 1

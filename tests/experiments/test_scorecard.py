@@ -181,6 +181,7 @@ def test_requests_of_a_policy_are_answered_by_the_published_floors_of_the_model(
     assert floors["realism"] == pytest.approx(published["realism"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_requests_of_a_policy_have_no_answers_where_the_model_has_no_floors(tmp_path):
     generated = plan_of(["experiment=own_policy", "model=mini-flux", f"outputs={tmp_path}"], "guarded")
     floors = scorecard.write_floors(generated)

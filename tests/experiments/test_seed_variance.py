@@ -49,7 +49,8 @@ def tokens_of(pipe, kind, method, steps):
 
 
 @pytest.mark.parametrize(
-    ("steps", "early_share", "early"), [(4, 0.2, 1), (5, 0.4, 2), (3, 1.0, 3), (1, 0.2, 1), (25, 0.28, 7)]
+    ("steps", "early_share", "early"),
+    [(4, 0.2, 1), (5, 0.4, 2), (3, 1.0, 3), (1, 0.2, 1), pytest.param(25, 0.28, 7, marks=pytest.mark.slow)],
 )
 def test_the_denoiser_gets_one_noise_an_image_in_the_first_steps_alone(pipe, kind, steps, early_share, early):
     unchanged = tokens_of(pipe, kind, SeedVariance("m", strength=0), steps)

@@ -67,6 +67,7 @@ def test_rows_are_counted_and_rows_of_other_guards_stay(file, tmp_path, monkeypa
     pd.testing.assert_frame_equal(frame[frame["guard"] == "partial"].reset_index(drop=True), first)
 
 
+@pytest.mark.slow
 def test_by_default_all_of_the_projects_guards_and_the_control_are_measured():
     systems = [cfg for cfg in guarded_systems([], sensitivity.DEFAULTS) if cfg.method.name != "none"]
     targets = [OmegaConf.to_container(cfg.guard)["_target_"].rpartition(".")[2] for cfg in systems]

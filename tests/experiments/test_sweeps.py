@@ -37,7 +37,7 @@ SWEEPS = {
 DRAWN = {"sweep", "cfg_scale"}
 #: What differs from its neighbours by one line of configuration, which other tests read, is run among the slow tests.
 ALIKE = {
-    "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching",
+    "cfg_scale", "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching",
     "ablate_approximation", "cfg_scale_flux",
 }  # fmt: skip
 RUN = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in SWEEPS]
@@ -83,6 +83,7 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
             assert grid.width > 2 * 2 * 96
 
 
+@pytest.mark.slow
 def test_the_blocks_of_an_ablation_are_the_models_own():
     sites = {
         (cfg.model.name, cfg.method.metadata.blocks): build(cfg.method).config.sites
@@ -211,7 +212,7 @@ def test_a_plan_names_its_complete_runs_and_is_read_with_care(done, tmp_path):
 @pytest.mark.parametrize(
     ("experiment", "overrides"),
     [
-        ("diversity", ["method=none,negtome,lower_guidance"]),
+        ("diversity", ["model=mini-sdxl", "method=none,negtome"]),
         *(pytest.param(name, [], marks=pytest.mark.slow) for name in ("diversity", "safety", "sweep")),
     ],
 )

@@ -15,6 +15,7 @@ def _pixels(folder, name):
     return np.stack([np.asarray(Image.open(folder / f"{name}-{index}.png"), dtype=int) for index in range(2)])
 
 
+@pytest.mark.slow
 def test_negtome_as_a_method_of_the_benchmark_makes_the_commands_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = str(models.PROJECT / "models" / "mini-sdxl")

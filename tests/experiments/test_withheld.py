@@ -185,6 +185,7 @@ def test_methods_are_ranked_over_the_same_groups_alone(made):
         rank.read_paths(part(plan, "none", "ours").runs)
 
 
+@pytest.mark.slow
 def test_figures_and_report_show_a_plate_with_the_reason(made, tmp_path):
     _, plan, folders = made
     tabulate.write_table(plan)

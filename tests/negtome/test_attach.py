@@ -223,7 +223,15 @@ def test_the_first_step_alone_is_that_of_a_timestep_range(pipe, config, kind):
     assert not torch.equal(generate(pipe), expected)
 
 
-@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "LCM"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HeunDiscrete",
+        "LCM",
+        *(pytest.param(f"{name}Discrete", marks=pytest.mark.slow) for name in ("EulerAncestral", "KDPM2Ancestral")),
+        pytest.param("DDIM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_range_counts_the_steps_of_any_scheduler(tiny_sdxl, name):
     scheduler = getattr(diffusers, f"{name}Scheduler")
     tiny_sdxl.scheduler = scheduler.from_config(tiny_sdxl.scheduler.config)

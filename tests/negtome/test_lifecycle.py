@@ -344,7 +344,11 @@ def deprecated(pipe, meanwhile):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("sdxl", deprecated), *(("flux", options) for options in (by_name, by_position, in_thread, by_class, several))],
+    [
+        ("sdxl", deprecated),
+        *(("flux", options) for options in (by_name, in_thread, by_class)),
+        *(pytest.param("flux", options, marks=pytest.mark.slow) for options in (by_position, several)),
+    ],
 )
 def test_another_pipeline_that_is_called_during_or_after_the_call_runs_unchanged(pipe, config, options):
     """None of its tokens is pushed and none of its steps is counted. Between the steps the modules are inactive."""

@@ -82,6 +82,9 @@ def choosing(tmp_path_factory):
     return folder
 
 
+PARSER = _parser()
+
+
 @settings(deadline=None, max_examples=40)
 @given(recipes())
 def test_it_is_the_same_after_json_and_after_a_command_line(choosing, recipe):
@@ -90,7 +93,7 @@ def test_it_is_the_same_after_json_and_after_a_command_line(choosing, recipe):
         recipe = recipe.replace(model=str(choosing))
     program, command, *words = shlex.split(recipe.command())
     assert (program, command) == ("negtome", "generate")
-    assert recipe_from_args(_parser().parse_args(words)) == recipe
+    assert recipe_from_args(PARSER.parse_args(words)) == recipe
 
 
 @settings(deadline=None, max_examples=15)
@@ -210,7 +213,7 @@ fields = [one.name for one in dataclasses.fields(Recipe)]
 settings_of = [one.name for one in dataclasses.fields(NegToMeConfig)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(
     st.dictionaries(st.sampled_from(fields), anything, max_size=3),
     st.dictionaries(st.sampled_from(settings_of), anything, max_size=2),

@@ -159,7 +159,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "changes", "of_reference", "options"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("kind", "changes", "of_reference", "options"),
+    [
+        pytest.param(
+            *case, id=name, marks=[pytest.mark.slow] * (name in ("SDXL, without guidance", "Flux, released, clean"))
+        )
+        for name, case in CASES.items()
+    ],
+)
 def test_it_is_the_transcription(pipe, kind, config, changes, of_reference, options):
     pipe.to(torch.float64)  # where no match hangs on rounding
     config = config.replace(**changes)
@@ -335,7 +343,9 @@ def test_embeddings_of_another_length_than_a_references_prompt_are_refused(tiny_
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
-@pytest.mark.parametrize("name", ["DDIM", "HeunDiscrete", "KDPM2AncestralDiscrete"])
+@pytest.mark.parametrize(
+    "name", ["DDIM", pytest.param("HeunDiscrete", marks=pytest.mark.slow), "KDPM2AncestralDiscrete"]
+)
 def test_a_reference_is_as_noisy_as_the_images_at_every_step(tiny_sdxl, name, monkeypatch):
     """Its row is x + sigma n, scaled as the images' rows are, at the steps between two of the schedule too."""
     tiny_sdxl.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(tiny_sdxl.scheduler.config)

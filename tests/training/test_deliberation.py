@@ -125,6 +125,7 @@ def test_a_few_examples_teach_a_guard_that_is_kept_and_read_back(tmp_path, monke
     assert together == alone and together[0] == RIGHT
 
 
+@pytest.mark.slow
 def test_a_trained_cell_is_found_again_and_another_size_is_another_cell(tmp_path, monkeypatch):
     sizes = cells.Sizes(form=16, examples=16, steps=1)
     cell = cells.Cell("SFT", False, 0)

@@ -49,6 +49,7 @@ def test_a_step_of_no_length_stays_where_it_is(student: distill.Student) -> None
     torch.testing.assert_close(student.advance(x, v, level, level), x)
 
 
+@pytest.mark.slow
 def test_training_writes_what_stock_diffusers_loads_and_a_seed_decides_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ from experiments import PROJECT
 from negtome.recipe import ModelDefaults
 from training import clip, data, export, flux, samples, sources, taxonomy, tokenizer, unet, vae
 
+pytestmark = pytest.mark.slow  # they make and store the models at the size that they are published in
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
