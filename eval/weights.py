@@ -262,7 +262,7 @@ def hub_cache(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
-def network_failure(url: str | None, timeout: float = 5.0) -> str | None:
+def network_failure(url: str | None, timeout: float = 10.0) -> str | None:
     """Return why a URL's server, or the Hugging Face hub for None, cannot be asked; None if it answers.
 
     The download libraries would retry for most of a minute. A server that did not answer is not asked again for a

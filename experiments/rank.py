@@ -276,7 +276,7 @@ def _is_interpolated(specs: list[RunSpec]) -> bool:
         raise ValueError(f"{key} must be true or false, got {declared!r}")
     if declared and isinstance(first.hyperparameter, int):
         values = [_value(spec.cfg) for spec in specs]
-        if not all(isinstance(value, float) for value in values):
+        if not all(isinstance(value, (int, float)) for value in values) or all(type(value) is int for value in values):
             raise ValueError(f"{key} must be false, or the values floating-point numbers, got {values}")
     return declared
 

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
     start_log()
     gc.freeze()  # what is imported stays, and the collector need not go over it while a plan is composed
     overrides = [text for text in argv if text != generate.DRY_RUN]
-    if not overrides:  # else it would make a baseline for an hour
+    if not any(text.startswith(("experiment=", "+experiment=", "plan=")) for text in overrides):
+        # Without one it would make a baseline for an hour.
         names = ", ".join(sorted(file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")))
         raise ValueError(f"expected an experiment, such as experiment=diversity, got none: there are {names}")
     plan = Plan.of(overrides)

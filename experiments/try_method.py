@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _number_or_range(text: str) -> float | list[float]:
     """Read a number, or two as [LOW,HIGH]."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, OverflowError, RecursionError):
         value = json.loads(text)
         numbers = value if isinstance(value, list) and len(value) == 2 else [value]
         if all(type(number) in (int, float) and isfinite(number) for number in numbers):

@@ -178,9 +178,10 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     except (MemoryError, RuntimeError):
         raise
     except Exception as error:  # files, the hub, a network or truncated weights each raise their own kind
+        hint = hub_failure() if options["local_files_only"] else "a gated repository needs its licence accepted"
         raise ValueError(
             f"{recipe.model} cannot be used: {textwrap.shorten(str(error), 300)} (a folder needs all files of the "
-            "diffusers layout, with safetensors weights; a gated repository needs its licence accepted)"
+            f"diffusers layout, with safetensors weights; {hint})"
         ) from error
     # Transformers warns that indexing will fail for long prompts; pipelines truncate them, and we warn of that.
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
+import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 #: File of the diffusers layout that names the class of the pipeline and its components.
 INDEX = "model_index.json"
@@ -17,6 +20,9 @@ HALF = "fp16"
 #: Weights of a component, such as unet/diffusion_pytorch_model.fp16.safetensors and
 #: text_encoder_3/model.fp16-00001-of-00002.safetensors; an older spelling has the variant after the shard.
 _WEIGHTS = re.compile(r"([^/]+)/[^/.]+(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors", re.ASCII)
+
+#: Servers that did not answer: when, by `time.monotonic`, and why.
+_silent: dict[str, tuple[float, str]] = {}
 
 
 def find_file(model: str, name: str) -> Path | None:
@@ -31,18 +37,29 @@ def hub_failure() -> str | None:
     """Return why the Hugging Face hub cannot be reached; None if it answers within seconds."""
     from huggingface_hub import constants
 
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _failure(constants.ENDPOINT)
+    return network_failure(constants.ENDPOINT)
 
 
-@functools.lru_cache
-def _failure(server: str) -> str | None:
-    """Return why a server does not answer. The hub's own client would try again for more than a minute."""
-    from huggingface_hub import get_session
+def network_failure(url: str) -> str | None:
+    """Return why a URL's server cannot be asked; None if it answers within seconds.
 
+    The download libraries would retry for most of a minute. A server that did not answer is not asked again for a
+    minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    server = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+    since, reason = _silent.get(server, (-math.inf, ""))
+    if time.monotonic() - since < 60:
+        return reason
     try:
-        get_session().head(server, timeout=5)
-    except Exception as error:  # each HTTP library raises its own kind
-        return f"{server} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
+        get_session().head(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
+        reason = f"{server} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
+        _silent[server] = time.monotonic(), reason
+        return reason
     return None
 
 

@@ -172,9 +172,9 @@ class ReferenceBatch:
         return extended, layout
 
     def warn_of_pure_noise(self, timesteps: Sequence[float]) -> None:
-        """Warn if a reference held nothing of its image in any of the training timesteps that took part."""
+        """Warn if no reference held anything of its image in any of the training timesteps that took part."""
         is_flow = hasattr(self._encoder.scheduler, "scale_noise")
-        noised = any(reference.noise for reference in self._distinct)
+        noised = all(reference.noise for reference in self._distinct)
         if is_flow and noised and min(timesteps) >= PURE_NOISE:
             warnings.warn(
                 "NegToMe pushed the images away from pure noise: the first step of a flow model holds nothing of a "

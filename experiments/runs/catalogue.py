@@ -42,7 +42,7 @@ def entries() -> dict[str, Entry]:
     """Return the methods by their names.
 
     Raises:
-        ValueError: a method's file names an unknown colour.
+        ValueError: a method's file names an unknown colour, or has whole numbers between which there would be values.
     """
     methods = {}
     for file in sorted((PROJECT / "conf" / "method").glob("*.yaml")):
@@ -53,7 +53,14 @@ def entries() -> dict[str, Entry]:
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
         title, control = metadata.get("title") or method.title, bool(metadata.get("control"))
         summary = metadata.get("title") or (method.__doc__ or title).splitlines()[0]
-        between = (metadata.get("hyperparameter") or {}).get("interpolate", True)
+        hyperparameter = metadata.get("hyperparameter") or {}
+        between = hyperparameter.get("interpolate", True)
+        values = hyperparameter.get("values", {}).values()
+        if between and any(all(type(value) is int for value in of_model) for of_model in values):
+            raise ValueError(
+                f"expected metadata.hyperparameter.interpolate: false in {file}, whose values are whole numbers: none "
+                "lies between two of them"
+            )
         methods[spec["name"]] = Entry(method.columns, title, colour, control, summary, between)
     return methods
 

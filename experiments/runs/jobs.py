@@ -19,7 +19,7 @@ from experiments.methods.edited import EditedBaseline
 from experiments.methods.method import Method
 from experiments.plan import RunSpec
 from experiments.prompts import Group
-from experiments.runs.checkpoints import Checkpoint
+from experiments.runs.checkpoints import Checkpoint, local_fingerprint
 from experiments.runs.identity import kind_of_device, provenance, request, short_digest
 from experiments.runs.store import RUNS, Run
 
@@ -92,8 +92,8 @@ def jobs_of_other_device(specs: Sequence[RunSpec]) -> list[RunJob] | None:
     So a machine without this device goes on to scores and tables.
 
     Returns:
-        None if a run is incomplete, if several kinds of devices made the runs, if the kind is this machine's, or if
-        `device` is not auto, which asks for a device.
+        None if a run is incomplete or of other weights than are here, if several kinds of machines made the runs, if
+        the kind of device is this machine's, or if `device` is not auto, which asks for a device.
 
     Raises:
         ValueError: an image, a manifest or an identity was changed.
@@ -103,11 +103,12 @@ def jobs_of_other_device(specs: Sequence[RunSpec]) -> list[RunJob] | None:
     runs = [Run(project_path(cfg.outputs) / RUNS / run) for run in ids if run]
     if cfg.device != "auto" or None in ids or not all(run.complete for run in runs):
         return None
-    devices = {run.identity["machine"]["device"] for run in runs}
-    here = kind_of_device(select_device(cfg.device))
-    if len(devices) > 1 or here in devices:
+    machine, here = runs[0].identity["machine"], kind_of_device(select_device(cfg.device))
+    device = machine["device"]
+    if device == here or any(run.identity["machine"] != machine for run in runs):
         return None
-    (device,) = devices
+    if any(_has_other_weights(spec.cfg, run) for spec, run in zip(specs, runs, strict=True)):
+        return None
     jobs = []
     for spec, run in zip(specs, runs, strict=True):
         groups: list[Group] = build(spec.cfg.prompts).groups()
@@ -120,6 +121,11 @@ def jobs_of_other_device(specs: Sequence[RunSpec]) -> list[RunJob] | None:
         jobs.append(RunJob(spec, _task_of_run(spec.cfg, run, checkpoint, here), run.identity, groups, [], (here,)))
     log.info("All %d runs are complete: %s made them, and this machine (%s) makes none", len(jobs), device, here)
     return jobs
+
+
+def _has_other_weights(cfg: DictConfig, run: Run) -> bool:
+    """Tell whether the weights of a model lie here and are not those that made a run."""
+    return local_fingerprint(cfg.model) not in (None, run.identity["weights"])
 
 
 def _task(cfg: DictConfig, checkpoint: Checkpoint, device: str, method: Method) -> tuple[RunTask, dict[str, Any]]:

@@ -344,8 +344,11 @@ def _check_address(base_url: str) -> None:
     parts = urlsplit(base_url)
     secret = parts.username or parts.password or parts.query or parts.fragment
     if parts.scheme not in ("http", "https") or not parts.hostname or secret:
-        # Without a scheme, urlsplit does not find a password.
-        shown = "one with a user, a query or a fragment" if secret or "@" in base_url else repr(base_url[:200])
+        shown = repr(base_url[:200])
+        if secret or "@" in base_url:  # without a scheme, urlsplit does not find a password
+            shown = "one with a user, a query or a fragment"
+        elif not re.search("[:./]", base_url):  # a key may have been given in its place
+            shown = "a text without a host"
         raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
     if re.search(r"[\s\x00-\x1f\x7f]", base_url):
         raise ValueError(f"expected an address without spaces and control characters, got {base_url!r}")

@@ -48,9 +48,9 @@ def main(options: argparse.Namespace) -> int:
     checks = find_checks(options, policy)
     audit, queue = Audit(options.audit, options.audit_text), Queue(options.queue)
     with _bind(options.host, options.port) as listener:  # like the record, before the model is loaded
-        audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id, "checks": [*checks]})
         _try_guard(policy, guard)
         try_checks(checks)
+        audit.record({"event": "start", "policy_sha256": policy.sha256, "guard": guard.id, "checks": [*checks]})
         maker, source, name = _maker(options, policy)
         service = Service(policy, guard, maker, audit, queue, [*checks.values()], limits, name)
         print(f"policy  {options.policy}, sha256 {policy.sha256[:12]}; guard {guard.id}")

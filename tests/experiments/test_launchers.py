@@ -283,6 +283,11 @@ def test_runs_of_another_device_are_not_mixed_with_those_of_this_one(scored_copy
     assert jobs_of_other_device(plan.runs) is None, "they are of this device"
     monkeypatch.setattr("experiments.runs.jobs.kind_of_device", lambda device: "H100")
     assert all(not job.missing for job in jobs_of_other_device(plan.runs))
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.runs.jobs.local_fingerprint", lambda model: "another")
+        assert jobs_of_other_device(plan.runs) is None, "the weights here are others, so the runs are made anew"
+        patch.setattr("experiments.runs.jobs.local_fingerprint", lambda model: None)
+        assert jobs_of_other_device(plan.runs), "there are no weights here"
     plan.cfg.device = "cpu"
     assert jobs_of_other_device(plan.runs) is None, "the user asks for a device"
     plan.cfg.device = "auto"

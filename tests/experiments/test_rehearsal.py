@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from checkpoints import (
 from hub import NOWHERE, Hub, Repository, environment
 from PIL import Image
 
+from eval import weights as weights_of_networks
 from eval.weights import FACTS, Download
 from experiments import PROJECT
 from experiments.__main__ import main
@@ -230,14 +232,27 @@ def test_the_librarys_own_command_takes_a_repository(online, tmp_path, monkeypat
 
 
 def test_a_hub_that_does_not_answer_is_asked_once_and_named(online, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NOWHERE)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is asked again"))
+    for module in (model_files, weights_of_networks):
+        monkeypatch.setattr(module, "_silent", {})
     assert negtome(["generate", "a dog", "--model", "nobody/else", "--out", str(tmp_path / "new")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "nobody/else" in line and f"{NOWHERE} does not answer (" in line
     with pytest.raises(FileNotFoundError, match=f"{NOWHERE} does not answer"):
         checkpoints.find_checkpoint(configured("sdxl"))
-    assert not online.requests
+    assert asked == [NOWHERE] * 2, "once by the library and once by the benchmark"
+    later = time.monotonic() + 61
+    monkeypatch.setattr("time.monotonic", lambda: later)
+    assert model_files.hub_failure() and asked == [NOWHERE] * 3, "a network that was off may be on again"
 
 
 # --- the experiment, in processes of their own ------------------------------------------------------------------------
