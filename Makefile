@@ -110,7 +110,7 @@ reproduce-deliberation: $(VENV)/.installed-training  ## train small guards by ex
 mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (3 minutes)
 	$(PY) -m training guard $(ARGS)
 
-test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (5 minutes on two AMD EPYC cores)
+test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (4 minutes on two Intel Xeon cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (5 minutes)
