@@ -142,7 +142,7 @@ dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
 	$(PY) -m build --outdir outputs/dist
 	$(PY) -m twine check --strict outputs/dist/*
 
-types: $(VENV)/.installed-dev  ## mypy: the types of all packages
+types: $(VENV)/.installed-dev  ## mypy: the types of all packages but the modules that pyproject.toml leaves out
 	$(PY) -m mypy
 
 lint: types  ## ruff: rules and format; types; imports between packages; prose of README and docs
