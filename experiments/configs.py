@@ -33,8 +33,8 @@ def build(spec: DictConfig | dict[Any, Any]) -> Any:
     Raises:
         FileNotFoundError, ValueError: those of the class itself, without Hydra's wrapping; or there is no such device.
     """
-    plain = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else spec
-    settings = without(plain, *METADATA)
+    values = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else spec
+    settings = without(values, *METADATA)
     try:
         return instantiate(with_device(settings, select_device))
     except InstantiationException as error:

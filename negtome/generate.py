@@ -169,7 +169,8 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     _check_model(recipe)
     # Without torch_dtype, transformers takes that of each text encoder's config, and diffusers float32 for the rest.
     options = {"torch_dtype": getattr(torch, recipe.dtype), "variant": recipe.variant, "use_safetensors": True}
-    options["local_files_only"] = not Path(recipe.model).is_dir() and hub_failure() is not None
+    failure = None if Path(recipe.model).is_dir() else hub_failure()
+    options["local_files_only"] = failure is not None
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **options)
         if Path(recipe.model, LORA).is_file():
@@ -178,10 +179,9 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     except (MemoryError, RuntimeError):
         raise
     except Exception as error:  # files, the hub, a network or truncated weights each raise their own kind
-        hint = hub_failure() if options["local_files_only"] else "a gated repository needs its licence accepted"
         raise ValueError(
             f"{recipe.model} cannot be used: {textwrap.shorten(str(error), 300)} (a folder needs all files of the "
-            f"diffusers layout, with safetensors weights; {hint})"
+            f"diffusers layout, with safetensors weights; {failure or 'a gated repository needs its licence accepted'})"
         ) from error
     # Transformers warns that indexing will fail for long prompts; pipelines truncate them, and we warn of that.
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -216,8 +216,8 @@ def _check_model(recipe: Recipe) -> None:
         # models/nope is a mistyped folder if models/ is there; owner/name may be a repository.
         repository = re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and not Path(model).parent.is_dir()
         hub = ", and no such repository can be read from the Hugging Face hub" if repository else ""
-        reason = f": {hub_failure()}" if repository and hub_failure() else ""
-        raise ValueError(f"no folder {model}{hub}{reason}")
+        failure = hub_failure() if repository else None
+        raise ValueError(f"no folder {model}{hub}" + (f": {failure}" if failure else ""))
     # diffusers makes an empty tokenizer if its folder is absent, and meaningless images with it.
     components = [
         name for name, value in index.items() if isinstance(value, list) and isinstance(next(iter(value), None), str)

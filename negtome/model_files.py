@@ -9,7 +9,6 @@ import re
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 #: File of the diffusers layout that names the class of the pipeline and its components.
 INDEX = "model_index.json"
@@ -34,28 +33,20 @@ def find_file(model: str, name: str) -> Path | None:
 
 
 def hub_failure() -> str | None:
-    """Return why the Hugging Face hub cannot be reached; None if it answers within seconds."""
-    from huggingface_hub import constants
+    """Return why the Hugging Face hub cannot be reached; None if it answers within seconds.
 
-    return network_failure(constants.ENDPOINT)
-
-
-def network_failure(url: str) -> str | None:
-    """Return why a URL's server cannot be asked; None if it answers within seconds.
-
-    The download libraries would retry for most of a minute. A server that did not answer is not asked again for a
-    minute.
+    Its own client would retry for more than a minute. A hub that did not answer is not asked again for a minute.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    server = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+    server = constants.ENDPOINT
     since, reason = _silent.get(server, (-math.inf, ""))
     if time.monotonic() - since < 60:
         return reason
     try:
-        get_session().head(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        get_session().head(server, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
         reason = f"{server} does not answer ({' '.join(str(error).split()) or type(error).__name__})"
         _silent[server] = time.monotonic(), reason
