@@ -16,34 +16,26 @@ from negtome.call_inspection import DenoiserCall
 from negtome.validation import check_float, check_int
 
 
-def simplex(count: int) -> torch.Tensor:
-    """Return the corners of a regular simplex: `count` unit vectors [count, count - 1] whose cosines are equal.
-
-    The cosine of two corners is -1 / (count - 1), the least that is possible for all pairs.
-    """
-    centred = torch.eye(count, dtype=torch.float64) - 1 / count
-    _, vectors = torch.linalg.eigh(centred)  # the first is constant, with eigenvalue 0
-    corners = vectors[:, 1:]
-    return (corners / torch.linalg.vector_norm(corners, dim=1, keepdim=True)).float()
-
-
 def mixture_offsets(shape: torch.Size, modes: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw each token's mode and Gaussian noise for the images of a group.
 
-    The modes are the corners of a simplex in a random rotation, which all tokens and images share. Each token of each
-    image takes one of them, all equally likely.
+    The modes are the corners of a regular simplex in a random rotation, which all tokens and images share: unit vectors
+    whose cosines are -1 / (modes - 1), the least that is possible for all pairs. Each token of each image takes one of
+    them, all equally likely.
 
     Args:
         shape: [K, L, C] of K images, L tokens of the prompt and C numbers of a token.
-        modes: number of modes, from 2 to C + 1.
+        modes: number of modes, from 2 to C.
         generator: of random numbers, on the CPU.
 
     Returns:
         Unit vectors u and standard normal noise n, [K, L, C] each.
     """
-    frame, _ = torch.linalg.qr(torch.randn(shape[2], modes - 1, generator=generator))  # [C, modes - 1]
+    # No eigenvectors: those of equal eigenvalues differ from CPU to CPU, and with them the images of a seed.
+    corners = torch.nn.functional.normalize(torch.eye(modes) - 1 / modes)
+    frame, _ = torch.linalg.qr(torch.randn(shape[2], modes, generator=generator))  # [C, modes]
     choices = torch.randint(modes, shape[:2], generator=generator)
-    return simplex(modes)[choices] @ frame.T, torch.randn(shape, generator=generator)
+    return corners[choices] @ frame.T, torch.randn(shape, generator=generator)
 
 
 def mixed(
@@ -81,12 +73,12 @@ class PromptMoG(Method):
         distance: of the modes from a token, in lengths of the token, at least 0, which is off. The code has gamma 0.6
             for FLUX.1-Krea-dev, which is 0.89 here, 0.77 for SD3.5, 0.55 for Qwen-Image and 0.32 for CogView4.
         sigma: root mean square length of the noise about a mode, in units of the distance, at least 0; published 0.25.
-        modes: number of modes, at least 2; published 50. At most one more than a token has numbers.
+        modes: number of modes, at least 2; published 50. At most as many as a token has numbers.
     """
 
     title = "PromptMoG"
     columns = numbers("distance", "sigma", "modes")
-    version = 1
+    version = 2
 
     name: str
     distance: float = 0.89
@@ -101,10 +93,10 @@ class PromptMoG(Method):
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         def draw(shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-            if self.modes > shape[2] + 1:
+            if self.modes > shape[2]:
                 raise ValueError(
-                    f"method.modes must be at most {shape[2] + 1} for this model, one more than a token has numbers, "
-                    f"got {self.modes}"
+                    f"method.modes must be at most {shape[2]} for this model, whose tokens have as many numbers, got "
+                    f"{self.modes}"
                 )
             return mixture_offsets(shape, self.modes, generator)
 

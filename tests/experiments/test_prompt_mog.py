@@ -7,24 +7,18 @@ import torch
 from test_methods import CALLS, PAIR
 
 from experiments.methods.method import sample
-from experiments.methods.prompt_mog import PromptMoG, mixed, mixture_offsets, simplex
+from experiments.methods.prompt_mog import PromptMoG, mixed, mixture_offsets
 from experiments.methods.steps import denoiser_calls
 
 
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_a_simplex_has_unit_corners_at_equal_angles(count):
-    cosines = simplex(count) @ simplex(count).T
-    expected = torch.full((count, count), -1 / (count - 1)).fill_diagonal_(1)
-    assert torch.allclose(cosines, expected, atol=1e-6)
-
-
-def test_images_and_tokens_share_the_rotated_modes():
-    directions, noise = mixture_offsets(torch.Size((40, 3, 12)), 4, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("modes", [2, 4, 12])
+def test_images_and_tokens_share_rotated_modes_at_equal_angles(modes):
+    directions, noise = mixture_offsets(torch.Size((40, 3, 12)), modes, torch.Generator().manual_seed(0))
     assert torch.allclose(directions.norm(dim=2), torch.ones(40, 3), atol=1e-5)
     units = directions.flatten(0, 1)
     cosines = units @ units.T
-    assert (torch.isclose(cosines, torch.tensor(1.0), atol=1e-5) | (cosines + 1 / 3).abs().lt(1e-5)).all()
-    assert len({tuple(row.tolist()) for row in units.mul(100).round()}) == 4, "all modes occur"
+    assert (torch.isclose(cosines, torch.tensor(1.0), atol=1e-5) | (cosines + 1 / (modes - 1)).abs().lt(1e-5)).all()
+    assert len({tuple(row.tolist()) for row in units.mul(100).round()}) == modes, "all modes occur"
     assert abs(noise.mean()) < 5 / math.sqrt(noise.numel()) and abs(noise.std() - 1) < 5 / math.sqrt(noise.numel())
 
 
