@@ -113,7 +113,7 @@ mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/s
 test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (4 minutes on two Intel Xeon cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
-test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (5 minutes)
+test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (12 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev  ## what only CUDA shows: kernels in halves, memory, that nothing waits for the device

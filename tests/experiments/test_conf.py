@@ -43,7 +43,7 @@ OPTIONS = {
 WEIGHTS = {"method": ("all_method.negative_ip_adapter.weights={subfolder: s, weight_name: w}",)}
 #: Experiments that settings are chosen by: never on the prompts that are reported.
 CHOOSING = {"sweep", "sweep_flux", "copyright_sweep", "peers_grid", "peers_grid_flux"}
-CHOOSING |= {"few_steps_sweep", "few_steps_peers_grid"}
+CHOOSING |= {"few_steps_sweep", "few_steps_peers_grid", "safety_floors"}
 CHOOSING |= {f"ablate_{setting}" for setting in ("alpha", "threshold", "window", "blocks")}
 #: Options that stand for the others of their group by default.
 REPRESENTATIVE = {
@@ -159,7 +159,7 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; several measures of quality; two attributes, each where it is open and where it is said.
     several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "safety": 3, "stereotypes": 4}
-    few_steps = ["few_steps", "few_steps_sweep", "few_steps_peers", "few_steps_peers_grid"]
+    few_steps = [f"few_steps{suffix}" for suffix in ("", "_sweep", "_peers", "_peers_grid", "_distilled")]
     several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux", *few_steps], 3)
     several |= {
         f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching", "approximation")

@@ -336,7 +336,7 @@ def copyright_runs(tmp_path_factory, tiny_checkpoint):
                 for file in image.parent.glob(f"{image.stem}.*"):
                     shutil.copy(file, folder / use / character)
         plan = plan_of([
-            "experiment=copyright", *([f"method={','.join(COPYRIGHT_METHODS[kind])}"] if kind == "sdxl" else []),
+            "experiment=copyright", f"method={','.join(COPYRIGHT_METHODS[kind])}",
             *tiny(folder, tiny_checkpoint(kind), kind),
             f"model.copyright.guidance={folder / 'guidance'}", f"model.copyright.scoring={folder / 'scoring'}",
             f"model.copyright.held_out={PROTECTED / 'held_out'}", f"model.reference_images={PROTECTED / 'held_out'}",

@@ -357,7 +357,7 @@ def test_the_number_of_processes_changes_nothing(overrides, tmp_path):
             [*overrides[:-3], f"workers={workers}", *overrides[-3:-2], f"outputs={outputs}", overrides[-1]]
         )
         made.append(files_of(outputs))
-    searches = [{name: text for name, text in files.items() if name != "audit.jsonl"} for files in made]
+    searches = [{name: text for name, text in files.items() if name.name != "audit.jsonl"} for files in made]
     assert searches[0] == searches[1] and len(searches[0]) == 4
 
 
