@@ -4,9 +4,11 @@
 the model function wrapper, if there is one, and the attention outputs through the patches.
 """
 
+import base64
 import contextlib
 import copy
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +34,16 @@ class Accordion(Component):
         super().__init__(value=value)
 
 
+def from_base64(text):
+    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+
+
+def to_base64(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 @pytest.fixture
 def script(monkeypatch):
     gradio = SimpleNamespace(Row=Component, Radio=Component, Slider=Component, Dropdown=Component, Image=Component)
@@ -39,6 +51,8 @@ def script(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     monkeypatch.setitem(sys.modules, "modules", SimpleNamespace(scripts=scripts))
     monkeypatch.setitem(sys.modules, "modules.ui_components", SimpleNamespace(InputAccordion=Accordion))
+    monkeypatch.setitem(sys.modules, "modules.api", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "modules.api.api", SimpleNamespace(decode_base64_to_image=from_base64))
     spec = importlib.util.spec_from_file_location("negtome_forge.py", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -226,10 +240,11 @@ def test_a_hires_pass_of_another_size_has_its_own_report(script):
     assert len(forge.comments) == 2
 
 
-def test_a_reference_image_is_pushed_from_within_its_mask_and_leaves_no_rows(script):
+@pytest.mark.parametrize("passed", [lambda image: image, to_base64], ids=["page", "api"])
+def test_a_reference_image_is_pushed_from_within_its_mask_and_leaves_no_rows(script, passed):
     image, mask = Image.linear_gradient("L").resize((512, 512)).convert("RGB"), Image.new("L", (512, 512), 0)
     mask.paste(255, (0, 0, 512, 256))
-    forge = Forge(script, avoid="reference image", image=image, mask=mask)
+    forge = Forge(script, avoid="reference image", image=passed(image), mask=passed(mask))
     (before, after), *others = forge.sample()
     assert [len(rows) for rows, _ in others] == [4, 4, 4] and (len(before), len(after)) == (6, 4)
     inside = torch.zeros(32, 32, dtype=torch.bool)
@@ -245,6 +260,7 @@ def test_a_reference_image_is_pushed_from_within_its_mask_and_leaves_no_rows(scr
     ("inputs", "problem"),
     [
         ({"avoid": "reference image"}, "reference image"),
+        ({"avoid": "reference image", "image": str(SCRIPT)}, "base64"),  # a file of the server is not read
         ({"settings": "custom settings", "start_percent": 0.5}, "start_percent"),
     ],
 )

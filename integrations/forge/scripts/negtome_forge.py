@@ -127,10 +127,10 @@ def _noise_schedule(unet: Any) -> Any:
 
 
 def _reference_push(settings: PushSettings, sd_model: Any, image: Any, mask: Any, latents: Any) -> ReferencePush:
-    """Return a push away from a PIL image, encoded at the size of the pass's latents [images, c, h, w]."""
+    """Return a push away from an image, encoded at the size of the pass's latents [images, c, h, w]."""
     if image is None:
         raise ValueError("it expected a reference image, got none; add one, or push images away from each other.")
-    reference = Reference(image, mask=mask)
+    reference = Reference(_decoded(image), mask=_decoded(mask))
     inside = reference.mask[0]
     push = ReferencePush(
         settings,
@@ -141,6 +141,18 @@ def _reference_push(settings: PushSettings, sd_model: Any, image: Any, mask: Any
     )
     push.prepare((latents.shape[2], latents.shape[3]))
     return push
+
+
+def _decoded(image: Any) -> Any:
+    """Return a PIL image as it is, and the base64 text of Forge's API as a PIL image."""
+    if not isinstance(image, str):
+        return image
+    from modules.api.api import decode_base64_to_image  # Forge may run without its API
+
+    try:
+        return decode_base64_to_image(image)
+    except Exception as error:  # Forge raises one of its web framework
+        raise ValueError("it expected the API's images in base64 (PNG, JPEG or WebP), got other text.") from error
 
 
 class _ModelCall:
